@@ -1,0 +1,196 @@
+"""From a frozen dataclass to command-line flags, and from a user's mistake to one line.
+
+Each entry point has one config dataclass. Its fields are its flags, its YAML keys (`--config file.yaml`) and what is saved
+with the result; nothing is said twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+Config = TypeVar("Config")
+REQUIRED: Any = object()  # default of a flag that must be given
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    group: str = "general",
+    aliases: tuple[str, ...] = (),
+    choices: Sequence | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A dataclass field that is also a command-line flag.
+
+    Args:
+        default: value when neither the command line nor the config file says otherwise; `REQUIRED` if one must;
+            `None` where the program decides, which `help` should then explain.
+        help: one sentence, with units.
+        group: heading under which `--help` lists the flag.
+        aliases: other spellings, such as "--proj-coeff".
+        choices: the allowed values.
+    """
+    metadata = {"help": help, "group": group, "aliases": aliases, "choices": choices, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Parser(argparse.ArgumentParser):
+    source = ""  # named in errors: where the values that are being read come from
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {self.source}{message}\n")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+def parse(config_class: type[Config], argv: Sequence[str] | None = None, description: str = "") -> Config:
+    """Build `config_class` from defaults, then `--config file.yaml`, then the command line; the later wins.
+
+    Exits with code 2 and one line on an unknown flag or key, a value of the wrong type, or a missing required flag.
+    """
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    parser.add_argument("--config", metavar="YAML", help="file that sets any of the flags below (key: value)")
+    hints = typing.get_type_hints(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    groups = {}
+    for name, field in fields.items():
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(*_spellings(field), **_argument(field, hints[name]))
+
+    given = _parse(parser, fields, argv)
+    values = {name: field.default for name, field in fields.items()}
+    config_file = given.pop("config")
+    if config_file:
+        parser.source = f"--config {config_file}: "
+        values |= _parse(parser, fields, _yaml_to_flags(parser, config_file, fields, hints))
+        del values["config"]
+    values |= given
+    missing = [_spellings(fields[name])[0] for name, value in values.items() if value is REQUIRED]
+    if missing:
+        parser.error(f"missing {', '.join(missing)} (see --help)")
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    return config_class(**values)
+
+
+def _parse(parser: _Parser, fields: dict[str, dataclasses.Field], argv: Sequence[str] | None) -> dict[str, Any]:
+    """What `argv` says, by field name."""
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [spelling for field in fields.values() for spelling in _spellings(field)]
+        parser.error(_unknown("flag", unknown[0], known))
+    return vars(arguments)
+
+
+def _spellings(field: dataclasses.Field) -> list[str]:
+    return ["--" + field.name.replace("_", "-"), *field.metadata["aliases"]]
+
+
+def _argument(field: dataclasses.Field, hint: Any) -> dict:
+    """Keyword arguments of `add_argument` for a field annotated `hint`."""
+    help_text = field.metadata["help"].replace("%", "%%")
+    if field.default is not REQUIRED and field.default not in (None, (), ""):
+        shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        help_text += f" (default: {shown})"
+    common = {"help": help_text, "default": argparse.SUPPRESS, "dest": field.name}
+    if _is_bool(hint):
+        return common | {"action": argparse.BooleanOptionalAction}
+    hint = _without_none(hint)
+    common |= {"choices": field.metadata["choices"], "metavar": field.metadata["metavar"]}
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        return common | {"type": inner[0], "nargs": "+" if inner[-1] is Ellipsis else len(inner)}
+    return common | {"type": hint}
+
+
+def _without_none(hint: Any) -> Any:
+    """X for `X | None`, else the hint itself."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        (hint,) = (option for option in typing.get_args(hint) if option is not types.NoneType)
+    return hint
+
+
+def _is_bool(hint: Any) -> bool:
+    return _without_none(hint) is bool
+
+
+def _unknown(kind: str, found: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(found.split("=")[0], list(known), n=1)
+    return f"unknown {kind} {found}" + (f"; did you mean {close[0]}?" if close else " (see --help)")
+
+
+def _yaml_to_flags(parser: _Parser, path: str, fields: dict[str, dataclasses.Field], hints: dict) -> list[str]:
+    """The file's lines as flags, so that a value is checked the same way wherever it comes from."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        parser.error(error.strerror)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"not YAML: {' '.join(str(error).split())}")
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        parser.error(f"expected lines of `key: value`, found a {type(content).__name__}")
+    names = {spelling.lstrip("-"): name for name, field in fields.items() for spelling in _spellings(field)}
+    names |= {name: name for name in fields}
+    flags = []
+    for key, value in content.items():
+        if str(key) not in names:
+            parser.error(_unknown("key", str(key), names))
+        spelling = _spellings(fields[names[str(key)]])[0]
+        if value is None:
+            continue  # `key:` with nothing behind it keeps the default
+        if _is_bool(hints[names[str(key)]]):
+            if not isinstance(value, bool):
+                parser.error(f"{key}: expected true or false, found {value!r}")
+            flags.append(spelling if value else "--no-" + spelling[2:])
+        elif isinstance(value, list):
+            flags += [spelling, *map(str, value)]
+        else:
+            flags.append(f"{spelling}={value}")
+    return flags
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call an entry point's `main`; a `ValueError` raised by a line of this project becomes one line and exit code 2.
+
+    A ValueError that a library raised is a defect of ours and keeps its traceback.
+    """
+    try:
+        main()
+    except ValueError as error:
+        if not _raised_by_project(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"error [rank {rank}]: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _raised_by_project(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    source = Path(trace.tb_frame.f_code.co_filename).resolve()
+    root = Path(__file__).resolve().parent
+    return source.is_relative_to(root) and not {".venv", "site-packages"} & set(source.relative_to(root).parts)

@@ -1,0 +1,89 @@
+"""The path between data and noise (Section 3.1 of the paper), and what follows from it.
+
+Time: t = 0 is data z, t = 1 is noise eps. (SiT's own code runs the other way.)
+
+Shape suffixes: N batch, ... the shape of one sample.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Time = float | Tensor
+
+PATHS = ("linear", "cosine")
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    """Half-precision inputs are raised to float32; float64 stays (samplers keep their state in it)."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _like(coefficient: Time, x: Tensor) -> Time:
+    """A (N,) coefficient shaped so that it multiplies x (N, ...); a float is left alone."""
+    if not isinstance(coefficient, Tensor) or coefficient.ndim == 0:
+        return coefficient
+    return coefficient.view(-1, *[1] * (x.ndim - 1))
+
+
+class Interpolant:
+    """y_t = a_t z + b_t eps (Eq. 1), with a_t falling from 1 to 0 and b_t rising from 0 to 1 on t in [0, 1].
+
+    `linear`: a = 1 - t, b = t. `cosine`: a = cos(pi t / 2), b = sin(pi t / 2) (SiT's variance-preserving path "GVP").
+    Every method takes t as a float or as a tensor (N,), and computes in float32 or better whatever autocast says: only
+    elementwise products are used, which autocast leaves in the type of their inputs.
+
+    Raises:
+        ValueError: `path` is none of `PATHS`.
+    """
+
+    def __init__(self, path: str = "linear"):
+        if path not in PATHS:
+            raise ValueError(f"expected an interpolant path among {', '.join(PATHS)}, found {path!r}")
+        self.path = path
+
+    def a(self, t: Time) -> Time:
+        """a_t, the weight of the data."""
+        return 1 - t if self.path == "linear" else _cos(t)
+
+    def b(self, t: Time) -> Time:
+        """b_t, the weight of the noise."""
+        return t if self.path == "linear" else _sin(t)
+
+    def da(self, t: Time) -> Time:
+        """Time derivative of a_t."""
+        return 0 * t - 1 if self.path == "linear" else -math.pi / 2 * _sin(t)
+
+    def db(self, t: Time) -> Time:
+        """Time derivative of b_t."""
+        return 0 * t + 1 if self.path == "linear" else math.pi / 2 * _cos(t)
+
+    def interpolate(self, z: Tensor, eps: Tensor, t: Time) -> Tensor:  # (N, ...), (N, ...), (N,) -> (N, ...)
+        """The noised sample y_t of Eq. 1."""
+        z, eps = _at_least_float32(z), _at_least_float32(eps)
+        # Eq. 1
+        return _like(self.a(t), z) * z + _like(self.b(t), eps) * eps
+
+    def velocity(self, z: Tensor, eps: Tensor, t: Time) -> Tensor:  # (N, ...), (N, ...), (N,) -> (N, ...)
+        """The regression target of Eq. 4: the velocity of Eq. 3 for a known pair (z, eps)."""
+        z, eps = _at_least_float32(z), _at_least_float32(eps)
+        # Eq. 3 and 4
+        return _like(self.da(t), z) * z + _like(self.db(t), eps) * eps
+
+    def score(self, v: Tensor, y_t: Tensor, t: Time) -> Tensor:  # (N, ...), (N, ...), (N,) -> (N, ...)
+        """The score of the density at time t in (0, 1], from the velocity v (Eq. 6). Infinite at t = 0, where b_t = 0."""
+        v, y_t = _at_least_float32(v), _at_least_float32(y_t)
+        a, b, da, db = (_like(c, y_t) for c in (self.a(t), self.b(t), self.da(t), self.db(t)))
+        # Eq. 6
+        return (da * y_t - a * v) / (b * (a * db - da * b))
+
+
+def _cos(t: Time) -> Time:
+    return torch.cos(t * (math.pi / 2)) if isinstance(t, Tensor) else math.cos(t * math.pi / 2)
+
+
+def _sin(t: Time) -> Time:
+    return torch.sin(t * (math.pi / 2)) if isinstance(t, Tensor) else math.sin(t * math.pi / 2)
