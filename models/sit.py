@@ -1,0 +1,273 @@
+"""The Scalable Interpolant Transformer: a DiT backbone that predicts the velocity of Eq. 2.
+
+State-dict keys are those of SiT and REPA, so that their checkpoints fit. Time runs as in the paper (t = 1 is noise);
+labels are dropped by the caller, who passes `num_classes` as the null class.
+
+Shape suffixes: N batch, C latent channels, H = W latent side, p patch side, T = (H / p)^2 tokens, D hidden size, K classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# name: (depth, hidden size, heads). S to XL are those of DiT and SiT; Ti is for tests and the demo.
+SIT_SIZES = {
+    "Ti": (6, 192, 3),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+PATCH_SIZES = (1, 2, 4, 8)
+TIME_FREQUENCIES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class SiTConfig:
+    """Everything that determines the shape of a `SiT`; stored beside its weights."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    patch_size: int
+    latent_size: int = 32
+    in_channels: int = 4
+    num_classes: int = 1000
+    mlp_ratio: float = 4.0
+
+    @classmethod
+    def from_name(
+        cls, name: str, latent_size: int = 32, in_channels: int = 4, num_classes: int = 1000
+    ) -> SiTConfig:
+        """The config of a size in `SIT_SIZES` at a patch size in `PATCH_SIZES`, such as "SiT-XL/2".
+
+        Raises:
+            ValueError: unknown name, or a latent side that the patch side does not divide.
+        """
+        names = [f"SiT-{size}/{patch}" for size in SIT_SIZES for patch in PATCH_SIZES]
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"expected a model SiT-SIZE/PATCH with SIZE in {', '.join(SIT_SIZES)} and PATCH in "
+                f"{', '.join(map(str, PATCH_SIZES))}, found {name!r}; the nearest is {nearest}"
+            )
+        size, patch = name.removeprefix("SiT-").split("/")
+        depth, hidden_size, num_heads = SIT_SIZES[size]
+        return cls(depth, hidden_size, num_heads, int(patch), latent_size, in_channels, num_classes)
+
+    def __post_init__(self):
+        if self.latent_size % self.patch_size:
+            raise ValueError(
+                f"expected a latent side divisible by the patch side {self.patch_size}, found {self.latent_size}; "
+                f"choose another patch size (the number after the slash of --model)"
+            )
+        if self.num_classes < 1 or self.in_channels < 1:
+            raise ValueError(
+                f"expected at least one class and one channel, found {self.num_classes} and {self.in_channels}"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.latent_size // self.patch_size) ** 2
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch, p * p * C."""
+        return self.patch_size**2 * self.in_channels
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> SiTConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: missing or unknown keys.
+        """
+        expected = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != expected:
+            raise ValueError(f"expected the SiT settings {sorted(expected)}, found {sorted(values)}")
+        return cls(**values)
+
+
+def patchify(x: Tensor, p: int) -> Tensor:  # (N, C, H, W) -> (N, T, p*p*C)
+    """Cut latents into the tokens' patches: rows of patches first, and (row, column, channel) within one."""
+    N, C, H, W = x.shape
+    x = x.view(N, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)
+    return x.reshape(N, (H // p) * (W // p), p * p * C)
+
+
+def unpatchify(x: Tensor, p: int) -> Tensor:  # (N, T, p*p*C) -> (N, C, H, W)
+    """Inverse of `patchify`, for square latents."""
+    N, T, patch_dim = x.shape
+    side = math.isqrt(T)
+    x = x.view(N, side, side, p, p, patch_dim // p**2).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(N, -1, side * p, side * p)
+
+
+def position_embedding(hidden_size: int, side: int) -> Tensor:  # () -> (1, T, D)
+    """Fixed sines and cosines of each token's column (first half) and row (second half), as in MAE and DiT."""
+    frequencies = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
+    columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)
+    return torch.cat([columns, rows], dim=1).float()[None]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # (N, T, D), (N, D), (N, D) -> (N, T, D)
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: SiTConfig):
+        super().__init__()
+        p = config.patch_size
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, kernel_size=p, stride=p)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, T, D)
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """An MLP over sines and cosines of t in [0, 1], unscaled as in SiT."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(TIME_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        half = TIME_FREQUENCIES // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:  # (N,) -> (N, D)
+        angles = t[:, None] * self.frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+class LabelEmbedder(nn.Module):
+    """A table of K classes and, in the last row, the null class."""
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:  # (N,) int64 in [0, K] -> (N, D)
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: SiTConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
+        N, T, D = x.shape
+        q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(N, T, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: SiTConfig):
+        super().__init__()
+        width = int(config.hidden_size * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.hidden_size, width)
+        self.fc2 = nn.Linear(width, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SiTBlock(nn.Module):
+    """Attention and MLP, each normalised, shifted, scaled and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, config: SiTConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(config)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (N, T, D), (N, D) -> (N, T, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: SiTConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.norm_final = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(D, config.patch_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (N, T, D), (N, D) -> (N, T, p*p*C)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class SiT(nn.Module):
+    """v(y_t, t | class), float32 weights; under autocast the tokens between blocks are in the lower precision."""
+
+    def __init__(self, config: SiTConfig):
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = TimestepEmbedder(config.hidden_size)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
+        side = config.latent_size // config.patch_size
+        self.register_buffer("pos_embed", position_embedding(config.hidden_size, side))
+        self.blocks = nn.ModuleList(SiTBlock(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Xavier for every linear map, small normals for the embeddings, zeros for the gates and the output (adaLN-Zero)."""
+        self.apply(xavier_linear)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.hidden_size, -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, taps: Sequence[int] = ()
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:  # (N, C, H, W), (N,), (N,) int64 -> (N, C, H, W) [, list of (N, T, D)]
+        """Velocity at the noised latents x and times t in [0, 1] for the classes y in [0, K], K being none.
+
+        With `taps`, depths counted from 1, also the tokens that leave those blocks, in the order of `taps`.
+        """
+        x = self.x_embedder(x)
+        x = x + self.pos_embed.to(x.dtype)  # a float32 table would keep every token in float32 under autocast
+        c = self.t_embedder(t) + self.y_embedder(y)
+        tapped = {}
+        for depth, block in enumerate(self.blocks, start=1):
+            x = block(x, c)
+            if depth in taps:
+                tapped[depth] = x
+        velocity = unpatchify(self.final_layer(x, c), self.config.patch_size)
+        return (velocity, [tapped[depth] for depth in taps]) if taps else velocity
+
+
+def xavier_linear(module: nn.Module) -> None:
+    """Initialise a linear map as SiT does: Xavier uniform, zero bias. For `nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
