@@ -17,7 +17,7 @@ Time = float | Tensor
 PATHS = ("linear", "cosine")
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """Half-precision inputs are raised to float32; float64 stays (samplers keep their state in it)."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
@@ -63,19 +63,19 @@ class Interpolant:
 
     def interpolate(self, z: Tensor, eps: Tensor, t: Time) -> Tensor:  # (N, ...), (N, ...), (N,) -> (N, ...)
         """The noised sample y_t of Eq. 1."""
-        z, eps = _at_least_float32(z), _at_least_float32(eps)
+        z, eps = at_least_float32(z), at_least_float32(eps)
         # Eq. 1
         return _like(self.a(t), z) * z + _like(self.b(t), eps) * eps
 
     def velocity(self, z: Tensor, eps: Tensor, t: Time) -> Tensor:  # (N, ...), (N, ...), (N,) -> (N, ...)
         """The regression target of Eq. 4: the velocity of Eq. 3 for a known pair (z, eps)."""
-        z, eps = _at_least_float32(z), _at_least_float32(eps)
+        z, eps = at_least_float32(z), at_least_float32(eps)
         # Eq. 3 and 4
         return _like(self.da(t), z) * z + _like(self.db(t), eps) * eps
 
     def score(self, v: Tensor, y_t: Tensor, t: Time) -> Tensor:  # (N, ...), (N, ...), (N,) -> (N, ...)
         """The score of the density at time t in (0, 1], from the velocity v (Eq. 6). Infinite at t = 0, where b_t = 0."""
-        v, y_t = _at_least_float32(v), _at_least_float32(y_t)
+        v, y_t = at_least_float32(v), at_least_float32(y_t)
         a, b, da, db = (_like(c, y_t) for c in (self.a(t), self.b(t), self.da(t), self.db(t)))
         # Eq. 6
         return (da * y_t - a * v) / (b * (a * db - da * b))
