@@ -1,0 +1,32 @@
+# `make demo` and `make test` need nothing but Python >= 3.10: they make the virtual environment first.
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test check lint bench
+
+demo: .venv/installed
+	$(BIN)/python -m demo.run
+
+test: .venv/installed-dev lint
+	$(PYTEST)
+
+check: .venv/installed-dev lint ## lint and the fast tests
+	$(PYTEST) -m "not slow"
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/installed-dev
+	$(BIN)/python -m benchmarks.run
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: expected Python 3.10 or newer, found %d.%d; set PYTHON=" % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,530 @@
+"""Train a SiT, aligned with the clean VAE latents (VAE-REPA) or not, on a latent store.
+
+    accelerate launch train.py --data-dir data/imagenet256 --model SiT-XL/2
+
+A step is a pure function of (settings, data, step number): every draw comes from generators seeded by the step, for the
+whole global batch, of which each process and micro-batch takes its rows. So a stopped run goes on exactly, and 1, 2 or
+8 processes with any accumulation train on the same batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import resource
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import checkpoint
+import cli
+import provenance
+from cli import REQUIRED, flag
+from dataset import LatentDataset, StepSampler
+from ema import update_ema
+from interpolant import Interpolant
+from loss import Alignment, training_loss
+from models.aligned import AlignedSiT
+from models.projector import Projector
+from models.sit import SiT, SiTConfig, patchify
+from models.vae import LatentScale, decode_images, load_vae, vae_digest
+from runlog import RunLog
+from samplers import guided_velocity, sample_ode
+from seeding import block_generator, numpy_generator, step_generator
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; saved as `config.json` in its folder and in every checkpoint."""
+
+    data_dir: str = flag(REQUIRED, "latent store made by preprocessing/dump_latents.py", group="data")
+    resolution: int | None = flag(
+        None, "side of the images in pixels; checked against the store, which knows it", group="data"
+    )
+    num_classes: int | None = flag(None, "classes the model can tell apart, at least the store's", group="data")
+    random_flip: bool = flag(False, "mirror each image with probability 1/2 (store made with --flip)", group="data")
+    num_workers: int = flag(2, "processes that read the store, per GPU", group="data")
+
+    output_dir: str = flag("exps", "folder of all runs", group="run")
+    exp_name: str | None = flag(None, "name of this run; by default made of model and alignment", group="run")
+    resume: bool = flag(True, "go on from the newest checkpoint if the run's folder has one", group="run")
+    seed: int = flag(0, "seed of the initial weights and of every draw", group="run")
+
+    model: str = flag("SiT-XL/2", "SiT-SIZE/PATCH: sizes Ti, S, B, L, XL; patches 1, 2, 4, 8", group="model")
+    path_type: str = flag("linear", "path between data and noise (Eq. 1)", choices=("linear", "cosine"), group="model")
+
+    align: str = flag("vae", "vae: VAE-REPA; none: plain SiT", choices=("vae", "none"), group="alignment")
+    align_depth: int | None = flag(
+        None, "block that is aligned, counted from 1; by default S 2, B 2, L 8, XL 8", group="alignment",
+        aliases=("--encoder-depth",),
+    )
+    align_weight: float = flag(1.0, "lambda of Eq. 8", group="alignment", aliases=("--proj-coeff",))
+    align_layers: int = flag(5, "linear layers in the head, 1 to 8", group="alignment")
+    align_objective: str = flag(
+        "smooth_l1", "objective of Eq. 7", choices=("smooth_l1", "l1", "l2", "cosine"), group="alignment"
+    )
+    align_beta: float = flag(0.05, "half-width of smooth L1's quadratic part", group="alignment")
+    align_time_range: tuple[float, float] = flag(
+        (0.0, 1.0), "align only samples with t in this range", group="alignment", metavar="T"
+    )
+    align_target: str = flag(
+        "sample", "the posterior sample that is noised, or the posterior mean", choices=("sample", "mean"),
+        group="alignment",
+    )
+
+    batch_size: int = flag(256, "images per step, over all processes and accumulation steps", group="optimisation")
+    gradient_accumulation_steps: int = flag(1, "micro-batches per step and process", group="optimisation")
+    max_train_steps: int = flag(400_000, "steps in all", group="optimisation")
+    learning_rate: float = flag(1e-4, "constant learning rate of AdamW", group="optimisation")
+    adam_beta1: float = flag(0.9, "AdamW's decay of the first moment", group="optimisation")
+    adam_beta2: float = flag(0.999, "AdamW's decay of the second moment", group="optimisation")
+    adam_weight_decay: float = flag(0.0, "AdamW's weight decay", group="optimisation")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon", group="optimisation")
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this global norm (inf: never)", group="optimisation")
+    ema_decay: float = flag(0.9999, "decay per step of the averaged weights", group="optimisation")
+    label_dropout: float = flag(
+        0.1, "share of labels replaced by the null class, for guidance", group="optimisation", aliases=("--cfg-prob",)
+    )
+
+    mixed_precision: str | None = flag(
+        None, "precision of the network; bf16 on a GPU and no (float32) elsewhere unless set",
+        choices=("no", "bf16", "fp16"), group="speed",
+    )
+    allow_tf32: bool = flag(False, "TF32 for float32 products on the GPU", group="speed")
+    compile: bool | None = flag(None, "torch.compile each block; on a GPU unless set", group="speed")
+
+    checkpointing_steps: int = flag(50_000, "save every this many steps, and at the end", group="checkpoints")
+    keep_last: int = flag(2, "newest checkpoints that are kept", group="checkpoints")
+    keep_every: int = flag(100_000, "also keep those whose step this divides (0: none)", group="checkpoints")
+
+    log_every: int = flag(100, "write a row of metrics every this many steps", group="logging")
+    report_to: str = flag(
+        "none", "tracker beside log.jsonl and metrics.csv", choices=("none", "wandb", "tensorboard"), group="logging"
+    )
+    tracker_project: str = flag("vae-repa", "project name for the tracker", group="logging")
+
+    sampling_steps: int = flag(10_000, "draw a grid of EMA samples every this many steps (0: never)", group="sampling")
+    sampling_count: int = flag(16, "images in a grid", group="sampling")
+    sampling_guidance: float = flag(4.0, "guidance scale of a grid (1: none)", group="sampling")
+    sampling_num_steps: int = flag(50, "Euler steps of a grid", group="sampling")
+    vae: str | None = flag(
+        None, "VAE that decodes the grids: hub name or local folder; by default the store's", group="sampling"
+    )
+
+    def __post_init__(self):
+        for name in ("batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
+                     "keep_last", "log_every", "sampling_count", "sampling_num_steps"):  # fmt: skip
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("sampling_steps", "num_workers", "keep_every", "align_weight", "adam_weight_decay"):
+            _check(self, name, getattr(self, name) >= 0, "at least 0")
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
+            _check(self, name, getattr(self, name) > 0, "more than 0")
+        for name in ("ema_decay", "label_dropout"):
+            _check(self, name, 0 <= getattr(self, name) <= 1, "a value in [0, 1]")
+        for name in ("adam_beta1", "adam_beta2"):
+            _check(self, name, 0 <= getattr(self, name) < 1, "a value in [0, 1)")
+
+    @property
+    def run_dir(self) -> Path:
+        name = self.exp_name or f"{self.model}-{self.align}".lower().replace("/", "-")
+        return Path(self.output_dir) / name
+
+
+# Settings that may differ when a run goes on: they change neither its weights nor its order of data.
+FREE_ON_RESUME = {
+    "data_dir", "num_workers", "output_dir", "exp_name", "resume", "gradient_accumulation_steps", "max_train_steps",
+    "compile", "checkpointing_steps", "keep_last", "keep_every", "log_every", "report_to", "tracker_project",
+    "sampling_steps", "sampling_count", "sampling_guidance", "sampling_num_steps", "vae", "resolution",
+}  # fmt: skip
+DEFAULT_DEPTHS = {"Ti": 2, "S": 2, "B": 2, "L": 8, "XL": 8}  # Section 4.2; S and Ti are ours
+
+
+def _check(config: TrainConfig, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, found {getattr(config, name)}")
+
+
+def resolve(config: TrainConfig, store: LatentDataset, on_gpu: bool) -> TrainConfig:
+    """The config with every `None` decided, checked against the store.
+
+    Raises:
+        ValueError: store and settings disagree.
+    """
+    size = config.model.removeprefix("SiT-").split("/")[0]
+    decided = {
+        "resolution": store.meta["resolution"],
+        "num_classes": store.num_classes,
+        "align_depth": DEFAULT_DEPTHS.get(size),  # an unknown size is reported by SiTConfig
+        "exp_name": config.run_dir.name,
+        "mixed_precision": "bf16" if on_gpu else "no",
+        "compile": on_gpu,
+        "vae": store.meta["vae"],
+    }
+    config = dataclasses.replace(config, **{k: v for k, v in decided.items() if getattr(config, k) is None})
+    if config.resolution != store.meta["resolution"]:
+        raise ValueError(
+            f"--resolution: expected {store.meta['resolution']}, which {config.data_dir} was made at, "
+            f"found {config.resolution}; leave the flag out or dump the images again"
+        )
+    if config.num_classes < store.num_classes:
+        raise ValueError(
+            f"--num-classes: expected at least {store.num_classes}, the classes in {config.data_dir}, "
+            f"found {config.num_classes}"
+        )
+    if config.random_flip and not store.has_flips:
+        raise ValueError(f"--random-flip: {config.data_dir} has no mirrored latents; dump it again with --flip")
+    return config
+
+
+def build(config: TrainConfig, store: LatentDataset) -> tuple[AlignedSiT, dict[str, Alignment]]:
+    """The model and its alignments. Weights depend on the seed alone, the SiT's not on whether there is a head."""
+    channels, height, width = store.latent_shape
+    if height != width:
+        raise ValueError(f"expected square latents, found {height} x {width} in {config.data_dir}")
+    torch.manual_seed(config.seed)
+    sit = SiT(SiTConfig.from_name(config.model, height, channels, config.num_classes))
+    heads, alignments = {}, {}
+    if config.align == "vae":
+        head = Projector(sit.config.hidden_size, sit.config.patch_dim, config.align_layers)
+        heads["vae"] = (config.align_depth, head)
+        alignments["vae"] = Alignment(
+            config.align_weight, config.align_objective, config.align_beta, config.align_time_range
+        )
+    return AlignedSiT(sit, heads), alignments
+
+
+@dataclass
+class Run:
+    """What a training step works on."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    model: torch.nn.Module  # AlignedSiT, wrapped by DDP when there are several processes
+    sit: SiT  # the backbone inside `model`
+    ema: SiT  # its moving average
+    optimizer: torch.optim.Optimizer
+    interpolant: Interpolant
+    alignments: dict[str, Alignment]
+    scale: LatentScale
+    epoch_size: int  # images in the store
+
+    @property
+    def measured(self) -> list[str]:
+        """Names of what a step returns."""
+        return ["loss", "velocity", *(f"align_{name}" for name in self.alignments), "grad_norm"]
+
+
+def draw(config: TrainConfig, step: int, latent_shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    """Posterior noise and eps (B, C, H, W), times (B,) and dropped labels (B,) bool, for the whole global batch B."""
+    B = config.batch_size
+    posterior, noise, time_, dropout = (
+        step_generator(config.seed, step, purpose, device) for purpose in ("posterior", "noise", "time", "dropout")
+    )
+    return [
+        torch.randn(B, *latent_shape, generator=posterior, device=device),
+        torch.randn(B, *latent_shape, generator=noise, device=device),
+        torch.rand(B, generator=time_, device=device),
+        torch.rand(B, generator=dropout, device=device) < config.label_dropout,
+    ]
+
+
+def train_step(run: Run, step: int, micro_batches: list[dict[str, Tensor]]) -> Tensor:  # -> (losses + gradient norm,)
+    """Optimizer step number `step`, from 0. Returns this process's mean losses and the gradient's norm, unread."""
+    config, accelerator, sit = run.config, run.accelerator, run.sit
+    draws = draw(config, step, micro_batches[0]["moments"].shape[1:], accelerator.device)
+    losses = []
+    for index, batch in enumerate(micro_batches):
+        first = (index * accelerator.num_processes + accelerator.process_index) * len(batch["label"])
+        posterior, eps, t, dropped = (numbers[first : first + len(batch["label"])] for numbers in draws)
+        mean, std = batch["moments"].chunk(2, dim=1)
+        z = run.scale.scale_latent(mean + std * posterior)
+        f_vae = z if config.align_target == "sample" else run.scale.scale_latent(mean)
+        targets = {name: patchify(f_vae, sit.config.patch_size) for name in run.alignments}
+        y = torch.where(dropped, config.num_classes, batch["label"])
+        last = index == len(micro_batches) - 1
+        with nullcontext() if last else accelerator.no_sync(run.model):
+            terms = training_loss(run.model, z, eps, t, y, run.interpolant, targets, run.alignments)
+            accelerator.backward(terms["total"] / len(micro_batches))
+        losses.append(torch.stack(list(terms.values())).detach())
+    gradient_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    update_ema(run.ema, sit, config.ema_decay)
+    return torch.cat([torch.stack(losses).mean(dim=0), gradient_norm.detach().reshape(1)])
+
+
+@torch.no_grad()
+def sample_grid(run: Run, vae: torch.nn.Module) -> Tensor:  # -> (count, R, R, 3) uint8
+    """Images of the averaged model, from the same noise and classes at every step of the run."""
+    config, count, device = run.config, run.config.sampling_count, run.accelerator.device
+    generator = block_generator(config.seed, 0, "grid", device)
+    sit = run.ema.config
+    x = torch.randn(count, sit.in_channels, sit.latent_size, sit.latent_size, generator=generator, device=device)
+    classes = numpy_generator(config.seed, 0, "grid classes").permutation(config.num_classes)
+    y = torch.from_numpy(classes).to(device).repeat(-(-count // len(classes)))[:count].sort().values
+    velocity = guided_velocity(run.ema, y, config.num_classes, config.sampling_guidance, (0.0, 1.0))
+    with run.accelerator.autocast():
+        z = sample_ode(velocity, x, config.sampling_num_steps)
+    return decode_images(vae, z.float(), run.scale)
+
+
+def report_grid(run: Run, vae: torch.nn.Module, step: int) -> None:
+    """Draw the grid of this step and hand it to `samples/<step>.png` and the tracker."""
+    from torchvision.utils import make_grid, save_image
+
+    images = sample_grid(run, vae).permute(0, 3, 1, 2).float() / 255
+    grid = make_grid(images, nrow=round(len(images) ** 0.5), padding=2)
+    folder = run.config.run_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    save_image(grid, folder / f"{step:07d}.png")
+    for tracker in run.accelerator.trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": grid.permute(1, 2, 0)[None].cpu().numpy()}, step=step, **layout)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Largest memory used so far by this process: of the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def prepare_run_folder(config: TrainConfig, data_digest: str) -> Path | None:
+    """The checkpoint to go on from, or None for a new run, once it is sure that they fit.
+
+    Raises:
+        ValueError: the folder holds a run that is not to be resumed, or one of other settings or data.
+    """
+    newest = checkpoint.latest_checkpoint(config.run_dir)
+    if newest is None:
+        return None
+    if not config.resume:
+        raise ValueError(f"--no-resume: {config.run_dir} holds a run ({newest}); choose another --exp-name")
+    state = checkpoint.read_state(newest)
+    settings = dataclasses.asdict(config).items()
+    saved = state["config"]
+    changed = [
+        f"--{name.replace('_', '-')} {saved.get(name)} -> {value}"
+        for name, value in settings
+        if name not in FREE_ON_RESUME and saved.get(name) != (list(value) if isinstance(value, tuple) else value)
+    ]
+    if changed:
+        raise ValueError(
+            f"expected the settings of the run in {config.run_dir}, found {'; '.join(changed)}; "
+            f"give those settings, or another --exp-name for a new run"
+        )
+    if state["data_digest"] != data_digest:
+        raise ValueError(
+            f"{config.data_dir} is not the store that {newest} was trained on; give that one, or another --exp-name"
+        )
+    return newest
+
+
+def load_grid_vae(config: TrainConfig, store: LatentDataset, device: torch.device) -> torch.nn.Module:
+    """The decoder of the grids, refused if it is not the VAE that made the store."""
+    vae = load_vae(config.vae, device)
+    if vae_digest(vae) != store.meta["vae_digest"]:
+        raise ValueError(f"--vae {config.vae} is not the VAE that made {config.data_dir} ({store.meta['vae']})")
+    return vae
+
+
+def read_metrics(run: Run, step: int, sums: Tensor, steps: int, first_bad: Tensor, begin: float) -> dict[str, float]:
+    """One row of metrics over the last `steps` steps and all processes. Here alone the host waits for the device.
+
+    Raises:
+        ValueError: a loss was not finite in one of those steps.
+    """
+    accelerator, config = run.accelerator, run.config
+    means = accelerator.reduce(sums / steps, "mean").tolist()
+    bad_step = int(accelerator.gather(first_bad.reshape(1)).min())
+    seconds = (time.perf_counter() - begin) / steps
+    if bad_step <= step:
+        saved = checkpoint.latest_checkpoint(config.run_dir)
+        raise ValueError(
+            f"expected a finite loss, found one that is not at step {bad_step}; the last good checkpoint is "
+            f"{saved or 'none'}; fix: a lower --learning-rate or --max-grad-norm, or --mixed-precision bf16 or no"
+        )
+    return {
+        "step": step,
+        "epoch": step * config.batch_size / run.epoch_size,
+        **dict(zip(run.measured, means, strict=True)),
+        "images_per_second": config.batch_size / seconds,
+        "memory_gib": memory_gib(accelerator.device),
+        "eta_seconds": (config.max_train_steps - step) * seconds,
+    }
+
+
+def report(run: Run, row: dict[str, float], log: RunLog, progress: tqdm) -> None:
+    """Hand a row to the files, the tracker and the terminal."""
+    log.write(row)
+    run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+    progress.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{row['images_per_second']:.1f}")
+    for name, alignment in run.alignments.items():
+        weighted = alignment.weight * row[f"align_{name}"]
+        if weighted > 10 * row["velocity"]:
+            warnings.warn(
+                f"the alignment loss ({weighted:.3g} with its weight) is more than ten times the velocity loss "
+                f"({row['velocity']:.3g}): check the latents' scale, or lower --align-weight",
+                stacklevel=2,
+            )
+
+
+def fit(run: Run, start: int, loader: DataLoader, log: RunLog, vae: torch.nn.Module | None, info: dict) -> None:
+    """The loop from step `start` to the last: train, log, save, sample."""
+    config, accelerator = run.config, run.accelerator
+    device, main_process = accelerator.device, accelerator.is_main_process
+    batches = iter(loader)
+    first_bad = torch.full((), config.max_train_steps + 1, device=device)
+    sums, steps, begin = 0, 0, time.perf_counter()
+    progress = tqdm(
+        range(start, config.max_train_steps), "training", config.max_train_steps,
+        initial=start, disable=not main_process, dynamic_ncols=True,
+    )  # fmt: skip
+    for index in progress:
+        micro_batches = [
+            {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+            for batch in itertools.islice(batches, config.gradient_accumulation_steps)
+        ]
+        values = train_step(run, index, micro_batches)
+        sums, steps, step = sums + values, steps + 1, index + 1
+        # Kept on the device: looking at the loss here would make the host wait in every step.
+        first_bad = torch.where(torch.isfinite(values[0]), first_bad, first_bad.clamp(max=step))
+
+        last = step == config.max_train_steps
+        save = last or step % config.checkpointing_steps == 0
+        sample = config.sampling_steps and (last or step % config.sampling_steps == 0)
+        if not (save or sample or step % config.log_every == 0):
+            continue
+        row = read_metrics(run, step, sums, steps, first_bad, begin)
+        if main_process:
+            report(run, row, log, progress)
+        if save and main_process:
+            trained = accelerator.unwrap_model(run.model)
+            checkpoint.save_checkpoint(
+                config.run_dir, step, trained, run.ema, run.optimizer.optimizer, info, accelerator.scaler
+            )
+            checkpoint.rotate_checkpoints(config.run_dir, config.keep_last, config.keep_every)
+        if sample and main_process:
+            report_grid(run, vae, step)
+        accelerator.wait_for_everyone()
+        sums, steps, begin = 0, 0, time.perf_counter()
+
+
+def check_scale(run: Run, store: LatentDataset) -> None:
+    """Warn if the scaled latents are far from a deviation of 1, which the path to standard normal noise supposes."""
+    moments = store.__getitems__(list(range(0, len(store), max(1, len(store) // 256))))["moments"]
+    mean, std = moments.chunk(2, dim=1)
+    generator = block_generator(run.config.seed, 0, "scale check")
+    deviation = run.scale.scale_latent(mean + std * torch.randn(mean.shape, generator=generator)).std().item()
+    if not 0.5 < deviation < 2:
+        warnings.warn(
+            f"expected scaled latents with a deviation near 1, found {deviation:.3g} in {run.config.data_dir}; "
+            f"dump them again with --scale auto",
+            stacklevel=2,
+        )
+
+
+def describe(run: Run, store: LatentDataset) -> str:
+    """What is about to be trained, in a few lines."""
+    config, processes = run.config, run.accelerator.num_processes
+
+    def millions(module: torch.nn.Module) -> str:
+        return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f}M"
+
+    heads = run.accelerator.unwrap_model(run.model).heads
+    micro_batch = config.batch_size // processes // config.gradient_accumulation_steps
+    lines = [
+        f"run      {config.run_dir}",
+        f"data     {config.data_dir}: {len(store):,} images, {store.num_classes} classes, latents {store.latent_shape}",
+        f"model    {config.model} {millions(run.sit)} parameters, path {config.path_type}",
+        f"batch    {config.batch_size} = {processes} processes x {config.gradient_accumulation_steps} micro-batches "
+        f"x {micro_batch}; {len(store) / config.batch_size:.1f} steps an epoch",
+        f"device   {run.accelerator.device}, precision {config.mixed_precision}, "
+        f"{'compiled' if config.compile else 'not compiled'}",
+    ]
+    for name, alignment in run.alignments.items():
+        lines.insert(3, f"align    {name}: output of block {config.align_depth}, head {millions(heads[name])} parameters, "
+                        f"{alignment.objective}, weight {alignment.weight:g}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = cli.parse(TrainConfig, argv, __doc__.splitlines()[0])
+    store = LatentDataset(config.data_dir)
+    config = resolve(config, store, torch.cuda.is_available())
+    model, alignments = build(config, store)
+    data_digest = hashlib.sha256((Path(config.data_dir) / "meta.json").read_bytes()).hexdigest()
+    newest = prepare_run_folder(config, data_digest)
+
+    torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.run_dir,
+        kwargs_handlers=[ddp],
+    )
+    device, main_process = accelerator.device, accelerator.is_main_process
+    start = int(newest.name) if newest else 0
+    sampler = StepSampler(
+        len(store), config.batch_size, config.seed, accelerator.process_index, accelerator.num_processes,
+        config.gradient_accumulation_steps, start_step=start, flip=config.random_flip,
+    )  # fmt: skip
+    loader = DataLoader(
+        store, batch_sampler=sampler, collate_fn=_as_is, num_workers=config.num_workers,
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    vae = load_grid_vae(config, store, device) if config.sampling_steps and main_process else None
+
+    model.to(device)
+    ema = copy.deepcopy(model.sit).eval().requires_grad_(False)
+    if config.compile:
+        for module in [*model.sit.blocks, *model.heads.values()]:
+            module.compile(fullgraph=True, dynamic=False)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon,
+        config.adam_weight_decay, fused=True,
+    )  # fmt: skip
+    sit = model.sit
+    if newest:
+        checkpoint.load_checkpoint(newest, model, ema, optimizer, accelerator.scaler)
+        accelerator.print(f"going on from {newest}")
+    model, optimizer = accelerator.prepare(model, optimizer)
+    run = Run(config, accelerator, model, sit, ema, optimizer, Interpolant(config.path_type), alignments, store.scale,
+              len(store))  # fmt: skip
+    log = None
+    if main_process:
+        settings = dataclasses.asdict(config)
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        (config.run_dir / "config.json").write_text(json.dumps(settings | provenance.stamp(), indent=2) + "\n")
+        log = RunLog(config.run_dir, start)
+        check_scale(run, store)
+    accelerator.init_trackers(
+        config.tracker_project, {name: str(value) for name, value in dataclasses.asdict(config).items()},
+        {"wandb": {"name": config.run_dir.name, "dir": str(config.run_dir)}},
+    )  # fmt: skip
+    accelerator.print(describe(run, store))
+    info = {
+        "config": dataclasses.asdict(config), "data_digest": data_digest, "scale": store.scale.to_dict(),
+        "path_type": config.path_type, **{k: store.meta[k] for k in ("vae", "vae_digest", "resolution", "class_names")},
+        **provenance.stamp(),
+    }  # fmt: skip
+    fit(run, start, loader, log, vae, info)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    cli.run(main)
