@@ -61,7 +61,9 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, descrip
 
     Exits with code 2 and one line on an unknown flag or key, a value of the wrong type, or a missing required flag.
     """
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    parser = _Parser(
+        usage="%(prog)s [flags]", description=description, allow_abbrev=False, formatter_class=_HelpFormatter
+    )
     parser.add_argument("--config", metavar="YAML", help="file that sets any of the flags below (key: value)")
     hints = typing.get_type_hints(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}

@@ -54,3 +54,8 @@ def machine() -> str:
 def now() -> str:
     """The time in UTC, to the second, in ISO 8601."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def stamp() -> dict:
+    """All of the above, to be merged into a record."""
+    return {"versions": versions(), "git_revision": git_revision(), "machine": machine(), "date": now()}

@@ -67,7 +67,9 @@ class TrainConfig:
 
     align: str = flag("vae", "vae: VAE-REPA; none: plain SiT", choices=("vae", "none"), group="alignment")
     align_depth: int | None = flag(
-        None, "block that is aligned, counted from 1; by default S 2, B 2, L 8, XL 8", group="alignment",
+        None,
+        "block that is aligned, counted from 1; by default S 2, B 2, L 8, XL 8",
+        group="alignment",
         aliases=("--encoder-depth",),
     )
     align_weight: float = flag(1.0, "lambda of Eq. 8", group="alignment", aliases=("--proj-coeff",))
@@ -80,7 +82,9 @@ class TrainConfig:
         (0.0, 1.0), "align only samples with t in this range", group="alignment", metavar="T"
     )
     align_target: str = flag(
-        "sample", "the posterior sample that is noised, or the posterior mean", choices=("sample", "mean"),
+        "sample",
+        "the posterior sample that is noised, or the posterior mean",
+        choices=("sample", "mean"),
         group="alignment",
     )
 
@@ -99,8 +103,10 @@ class TrainConfig:
     )
 
     mixed_precision: str | None = flag(
-        None, "precision of the network; bf16 on a GPU and no (float32) elsewhere unless set",
-        choices=("no", "bf16", "fp16"), group="speed",
+        None,
+        "precision of the network; bf16 on a GPU and no (float32) elsewhere unless set",
+        choices=("no", "bf16", "fp16"),
+        group="speed",
     )
     allow_tf32: bool = flag(False, "TF32 for float32 products on the GPU", group="speed")
     compile: bool | None = flag(None, "torch.compile each block; on a GPU unless set", group="speed")

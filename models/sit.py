@@ -9,7 +9,6 @@ Shape suffixes: N batch, C latent channels, H = W latent side, p patch side, T =
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Sequence
 
@@ -43,9 +42,7 @@ class SiTConfig:
     mlp_ratio: float = 4.0
 
     @classmethod
-    def from_name(
-        cls, name: str, latent_size: int = 32, in_channels: int = 4, num_classes: int = 1000
-    ) -> SiTConfig:
+    def from_name(cls, name: str, latent_size: int = 32, in_channels: int = 4, num_classes: int = 1000) -> SiTConfig:
         """The config of a size in `SIT_SIZES` at a patch size in `PATCH_SIZES`, such as "SiT-XL/2".
 
         Raises:
@@ -53,10 +50,9 @@ class SiTConfig:
         """
         names = [f"SiT-{size}/{patch}" for size in SIT_SIZES for patch in PATCH_SIZES]
         if name not in names:
-            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
             raise ValueError(
                 f"expected a model SiT-SIZE/PATCH with SIZE in {', '.join(SIT_SIZES)} and PATCH in "
-                f"{', '.join(map(str, PATCH_SIZES))}, found {name!r}; the nearest is {nearest}"
+                f"{', '.join(map(str, PATCH_SIZES))} (--model), found {name!r}"
             )
         size, patch = name.removeprefix("SiT-").split("/")
         depth, hidden_size, num_heads = SIT_SIZES[size]
