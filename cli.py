@@ -1,7 +1,7 @@
 """From a frozen dataclass to command-line flags, and from a user's mistake to one line.
 
-Each entry point has one config dataclass. Its fields are its flags, its YAML keys (`--config file.yaml`) and what is saved
-with the result; nothing is said twice.
+Each entry point has one config dataclass. Its fields are its flags, its YAML keys (`--config file.yaml`) and what is
+saved with the result; nothing is said twice.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class Interpolant:
         return _like(self.da(t), z) * z + _like(self.db(t), eps) * eps
 
     def score(self, v: Tensor, y_t: Tensor, t: Time) -> Tensor:  # (N, ...), (N, ...), (N,) -> (N, ...)
-        """The score of the density at time t in (0, 1], from the velocity v (Eq. 6). Infinite at t = 0, where b_t = 0."""
+        """The score of the density at t in (0, 1], from the velocity v (Eq. 6). Infinite at t = 0, where b_t = 0."""
         v, y_t = at_least_float32(v), at_least_float32(y_t)
         a, b, da, db = (_like(c, y_t) for c in (self.a(t), self.b(t), self.da(t), self.db(t)))
         # Eq. 6

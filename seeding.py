@@ -1,7 +1,7 @@
 """Every random draw of the project as a pure function of (seed, step or index, purpose).
 
-No random state is ever saved: a resumed run, or a run on another number of processes, asks for the same generators again
-and gets the same numbers. Purposes are short names ("noise", "time", ...); two purposes never share a stream.
+No random state is ever saved: a resumed run, or a run on another number of processes, asks for the same generators
+again and gets the same numbers. Purposes are short names ("noise", "time", ...); two purposes never share a stream.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _torch_generator(kind: str, seed: int, index: int, purpose: str, device: str
 def step_generator(seed: int, step: int, purpose: str, device: str | torch.device = "cpu") -> torch.Generator:
     """Generator for the draws of one training step (counted from 0), made for the whole global batch.
 
-    CPU and CUDA generators of one (seed, step, purpose) give different numbers: results are reproducible per device type.
+    CPU and CUDA generators of one (seed, step, purpose) give different numbers: results repeat per type of device.
     """
     return _torch_generator("step", seed, step, purpose, device)
 

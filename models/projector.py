@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import nn
 
 from models.sit import xavier_linear
@@ -25,7 +27,7 @@ class Projector(nn.Sequential):
         width = 2 * in_dim if width is None else width
         sizes = [in_dim, *[width] * (layers - 1), out_dim]
         modules: list[nn.Module] = []
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for fan_in, fan_out in itertools.pairwise(sizes):
             modules += [nn.Linear(fan_in, fan_out), nn.SiLU()]
         super().__init__(*modules[:-1])
         self.apply(xavier_linear)

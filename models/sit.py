@@ -3,7 +3,8 @@
 State-dict keys are those of SiT and REPA, so that their checkpoints fit. Time runs as in the paper (t = 1 is noise);
 labels are dropped by the caller, who passes `num_classes` as the null class.
 
-Shape suffixes: N batch, C latent channels, H = W latent side, p patch side, T = (H / p)^2 tokens, D hidden size, K classes.
+Shape suffixes: N batch, C latent channels, H = W latent side, p patch side, T = (H / p)^2 tokens, D hidden size,
+K classes.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ class SiT(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Xavier for every linear map, small normals for the embeddings, zeros for the gates and the output (adaLN-Zero)."""
+        """adaLN-Zero: Xavier for linear maps, small normals for embeddings, zeros for the gates and the output."""
         self.apply(xavier_linear)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.hidden_size, -1))
         nn.init.zeros_(self.x_embedder.proj.bias)

@@ -191,7 +191,7 @@ def test_patches_come_apart_and_together(p):
 def test_config_round_trip_and_refusals():
     config = SiTConfig.from_name("SiT-XL/2", latent_size=16, in_channels=8, num_classes=3)
     assert SiTConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ValueError, match="XL and PATCH in 1, 2, 4, 8.*found 'SiT-XL/3'"):
+    with pytest.raises(ValueError, match=r"XL and PATCH in 1, 2, 4, 8.*found 'SiT-XL/3'"):
         SiTConfig.from_name("SiT-XL/3")
     with pytest.raises(ValueError, match="divisible by the patch side 8, found 4"):
         SiTConfig.from_name("SiT-S/8", latent_size=4)
