@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import itertools
 import json
 import resource
@@ -83,9 +82,9 @@ class Run:
         return ["loss", "velocity", *(f"align_{name}" for name in self.alignments), "grad_norm"]
 
 
-def draw(config: TrainConfig, step: int, latent_shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
+def draw(config: TrainConfig, step: int, sit: SiTConfig, device: torch.device) -> list[Tensor]:
     """Posterior noise and eps (B, C, H, W), times (B,) and dropped labels (B,) bool, for the whole global batch B."""
-    B = config.batch_size
+    B, latent_shape = config.batch_size, (sit.in_channels, sit.latent_size, sit.latent_size)
     posterior, noise, time_, dropout = (
         step_generator(config.seed, step, purpose, device) for purpose in ("posterior", "noise", "time", "dropout")
     )
@@ -100,7 +99,7 @@ def draw(config: TrainConfig, step: int, latent_shape: tuple[int, ...], device: 
 def train_step(run: Run, step: int, micro_batches: list[dict[str, Tensor]]) -> Tensor:  # -> (losses + gradient norm,)
     """Optimizer step number `step`, from 0. Returns this process's mean losses and the gradient's norm, unread."""
     config, accelerator, sit = run.config, run.accelerator, run.sit
-    draws = draw(config, step, micro_batches[0]["moments"].shape[1:], accelerator.device)
+    draws = draw(config, step, sit.config, accelerator.device)
     losses = []
     for index, batch in enumerate(micro_batches):
         first = (index * accelerator.num_processes + accelerator.process_index) * len(batch["label"])
@@ -279,6 +278,11 @@ def fit(run: Run, start: int, loader: DataLoader, log: RunLog, vae: torch.nn.Mod
         sums, steps, begin = 0, 0, time.perf_counter()
 
 
+def _whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The store gathers a batch at once: nothing is left to collate."""
+    return batch
+
+
 def check_scale(run: Run, store: LatentDataset) -> None:
     """Warn if the scaled latents are far from a deviation of 1, which the path to standard normal noise supposes."""
     moments = store.__getitems__(list(range(0, len(store), max(1, len(store) // 256))))["moments"]
@@ -311,74 +315,77 @@ def describe(run: Run, store: LatentDataset) -> str:
         f"device   {run.accelerator.device}, precision {config.mixed_precision}, "
         f"{'compiled' if config.compile else 'not compiled'}",
     ]
-    for name, alignment in run.alignments.items():
-        lines.insert(3, f"align    {name}: output of block {config.align_depth}, head {millions(heads[name])} parameters, "
-                        f"{alignment.objective}, weight {alignment.weight:g}")  # fmt: skip
+    lines += [
+        f"align    {name}: block {config.align_depth}, head {millions(heads[name])} parameters, "
+        f"{alignment.objective}, weight {alignment.weight:g}"
+        for name, alignment in run.alignments.items()
+    ]
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     config = cli.parse(TrainConfig, argv, __doc__.splitlines()[0])
+    on_gpu = torch.cuda.is_available()
     store = LatentDataset(config.data_dir)
-    config = resolve(config, store, torch.cuda.is_available())
-    model, alignments = build(config, store)
-    data_digest = hashlib.sha256((Path(config.data_dir) / "meta.json").read_bytes()).hexdigest()
+    config = resolve(config, store, on_gpu)
+    data_digest = checkpoint.file_digest(Path(config.data_dir) / "meta.json")
     newest = prepare_run_folder(config, data_digest)
+    start = int(newest.name) if newest else 0
 
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    # Buffers are constants. (torch 2.6, which we support, does not know the newer name of this argument.)
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     accelerator = Accelerator(
+        cpu=not on_gpu,  # else it does not join the processes that torchrun starts on CPUs
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.run_dir,
         kwargs_handlers=[ddp],
     )
-    device, main_process = accelerator.device, accelerator.is_main_process
-    start = int(newest.name) if newest else 0
     sampler = StepSampler(
         len(store), config.batch_size, config.seed, accelerator.process_index, accelerator.num_processes,
         config.gradient_accumulation_steps, start_step=start, flip=config.random_flip,
     )  # fmt: skip
     loader = DataLoader(
-        store, batch_sampler=sampler, collate_fn=_as_is, num_workers=config.num_workers,
-        pin_memory=device.type == "cuda",
-    )  # fmt: skip
-    vae = load_grid_vae(config, store, device) if config.sampling_steps and main_process else None
+        store, batch_sampler=sampler, collate_fn=_whole_batch, num_workers=config.num_workers, pin_memory=on_gpu
+    )
+    draws_grids = config.sampling_steps > 0 and accelerator.is_main_process
+    vae = load_grid_vae(config, store, accelerator.device) if draws_grids else None
 
-    model.to(device)
-    ema = copy.deepcopy(model.sit).eval().requires_grad_(False)
+    model, alignments = build(config, store)
+    model.to(accelerator.device)
+    sit, ema = model.sit, copy.deepcopy(model.sit).eval().requires_grad_(False)
     if config.compile:
-        for module in [*model.sit.blocks, *model.heads.values()]:
+        for module in [*sit.blocks, *model.heads.values()]:
             module.compile(fullgraph=True, dynamic=False)
     optimizer = torch.optim.AdamW(
         model.parameters(), config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon,
         config.adam_weight_decay, fused=True,
     )  # fmt: skip
-    sit = model.sit
     if newest:
         checkpoint.load_checkpoint(newest, model, ema, optimizer, accelerator.scaler)
         accelerator.print(f"going on from {newest}")
     model, optimizer = accelerator.prepare(model, optimizer)
-    run = Run(config, accelerator, model, sit, ema, optimizer, Interpolant(config.path_type), alignments, store.scale,
-              len(store))  # fmt: skip
+    interpolant = Interpolant(config.path_type)
+    run = Run(config, accelerator, model, sit, ema, optimizer, interpolant, alignments, store.scale, len(store))
+
+    settings = {"config": dataclasses.asdict(config), "data_digest": data_digest} | provenance.stamp()
     log = None
-    if main_process:
-        settings = dataclasses.asdict(config)
+    if accelerator.is_main_process:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        (config.run_dir / "config.json").write_text(json.dumps(settings | provenance.stamp(), indent=2) + "\n")
+        (config.run_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         log = RunLog(config.run_dir, start)
         check_scale(run, store)
+        print(describe(run, store), flush=True)
     accelerator.init_trackers(
-        config.tracker_project, {name: str(value) for name, value in dataclasses.asdict(config).items()},
+        config.tracker_project,
+        {name: str(value) for name, value in settings["config"].items()},
         {"wandb": {"name": config.run_dir.name, "dir": str(config.run_dir)}},
-    )  # fmt: skip
-    accelerator.print(describe(run, store))
-    info = {
-        "config": dataclasses.asdict(config), "data_digest": data_digest, "scale": store.scale.to_dict(),
-        "path_type": config.path_type, **{k: store.meta[k] for k in ("vae", "vae_digest", "resolution", "class_names")},
-        **provenance.stamp(),
-    }  # fmt: skip
+    )
+    from_store = {name: store.meta[name] for name in ("vae", "vae_digest", "resolution", "class_names")}
+    info = {**settings, **from_store, "scale": store.scale.to_dict(), "path_type": config.path_type}
     fit(run, start, loader, log, vae, info)
     accelerator.end_training()
 

@@ -147,6 +147,8 @@ def resolve(config: TrainConfig, store: LatentDataset, on_gpu: bool) -> TrainCon
         "vae": store.meta["vae"],
     }
     config = dataclasses.replace(config, **{k: v for k, v in decided.items() if getattr(config, k) is None})
+    if config.mixed_precision == "fp16" and not on_gpu:
+        raise ValueError("--mixed-precision fp16: expected a GPU, found none; use bf16 or no")
     if config.resolution != store.meta["resolution"]:
         raise ValueError(
             f"--resolution: expected {store.meta['resolution']}, which {config.data_dir} was made at, "
