@@ -1,0 +1,173 @@
+"""From noise to data: solvers of the probability-flow ODE (Eq. 2) and of the reverse SDE, and classifier-free guidance.
+
+Time runs from t = 1 (noise) down to t = 0 (data). The state is float64 throughout, so that hundreds of small steps add
+up without loss; the network sees float32, or less under autocast.
+
+Shape suffixes: N batch, ... the shape of one sample, C latent channels, H x W latent sides.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from interpolant import Interpolant
+
+Velocity = Callable[[Tensor, float], Tensor]  # (x (N, ...) float64, t) -> (N, ...)
+
+
+def _check_steps(num_steps: int) -> None:
+    if num_steps < 1:
+        raise ValueError(f"expected at least 1 step of the solver (--num-steps), found {num_steps}")
+
+
+def _times(start: float, end: float, count: int) -> list[float]:
+    """`count` times at equal distances, both ends included and exact; one time is the start."""
+    shares = [k / max(1, count - 1) for k in range(count)]
+    return [start * (1 - share) + end * share for share in shares]
+
+
+@torch.no_grad()
+def sample_ode(velocity: Velocity, x: Tensor, num_steps: int, heun: bool = False) -> Tensor:  # (N, ...) -> (N, ...)
+    """Solve dy = v(y, t) dt (Eq. 2) from t = 1 to t = 0 in equal steps.
+
+    Euler has order 1 and takes `num_steps` evaluations of the velocity. Heun has order 2 and takes 2 num_steps: the
+    velocity exists at both ends of the path, so its last step needs no exception.
+
+    Args:
+        velocity: called with the state (N, ...) float64 and t as a float.
+        x: standard normal noise (N, ...), any floating type.
+        num_steps: steps, at least 1.
+        heun: correct each Euler step by the velocity where it leads.
+
+    Returns:
+        The samples (N, ...), float64.
+
+    Raises:
+        ValueError: fewer than 1 step.
+    """
+    _check_steps(num_steps)
+    x = x.double()
+    times = _times(1.0, 0.0, num_steps + 1)
+    for t, t_next in itertools.pairwise(times):
+        dt = t_next - t  # negative
+        v = velocity(x, t).double()
+        x_next = x + dt * v
+        if heun:
+            x_next = x + dt * 0.5 * (v + velocity(x_next, t_next).double())
+        x = x_next
+    return x
+
+
+@torch.no_grad()
+def sample_sde(
+    velocity: Velocity,
+    x: Tensor,
+    num_steps: int,
+    noise: Callable[[int], Tensor],
+    interpolant: Interpolant,
+    last_t: float = 0.04,
+) -> Tensor:  # (N, ...) -> (N, ...)
+    """Solve the reverse SDE by Euler-Maruyama from t = 1 to `last_t`, then take one step without noise to t = 0.
+
+    With w_t >= 0 the SDE
+
+        dy = (v(y, t) - w_t s(y, t) / 2) dt + sqrt(w_t) dW,    t falling,
+
+    has the densities of the ODE at every t: as dt < 0, its score term is the Langevin drift +w_t s / 2 |dt| that
+    balances the noise. w_t = 2t and the score s by Eq. 6, for any path: the sampler of SiT and REPA ("SDE
+    Euler-Maruyama, 250 steps").
+
+    Args:
+        velocity: called with the state (N, ...) float64 and t as a float, `num_steps` times in all.
+        x: standard normal noise (N, ...), any floating type.
+        num_steps: at least 1. The times are `num_steps` equally spaced ones from 1 to `last_t`, and 0.
+        noise: called with the step, 0 to num_steps - 2 in this order; gives standard normal numbers (N, ...).
+        interpolant: the path the velocity was trained on.
+        last_t: where the last step begins, in (0, 1): the score grows without bound towards t = 0.
+
+    Returns:
+        The samples (N, ...), float64.
+
+    Raises:
+        ValueError: fewer than 1 step, or `last_t` not in (0, 1).
+    """
+    _check_steps(num_steps)
+    if not 0 < last_t < 1:
+        raise ValueError(f"expected the last step of the SDE to begin at a t in (0, 1) (--last-t), found {last_t}")
+    x = x.double()
+
+    def drift(x: Tensor, t: float) -> Tensor:  # (N, ...) -> (N, ...)
+        v = velocity(x, t).double()
+        return v - 0.5 * diffusion(t) * interpolant.score(v, x, t)
+
+    times = _times(1.0, last_t, num_steps)
+    for step, (t, t_next) in enumerate(itertools.pairwise(times)):
+        dt = t_next - t  # negative
+        x = x + dt * drift(x, t) + math.sqrt(diffusion(t) * -dt) * noise(step).double()
+    return x - times[-1] * drift(x, times[-1])
+
+
+def diffusion(t: float) -> float:
+    """w_t of the reverse SDE, as in SiT ("linear") and REPA."""
+    return 2 * t
+
+
+def guided_velocity(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    y: Tensor,
+    null_class: int,
+    scale: float,
+    interval: tuple[float, float],
+    autocast: torch.dtype | None = None,
+) -> Velocity:
+    """The velocity of a class-conditional model, with classifier-free guidance on an interval of times.
+
+        v = v_null + scale * (v_class - v_null)    for low <= t <= high, on all channels
+        v = v_class                                elsewhere
+
+    So scale 1 is no guidance, the convention of DiT, SiT and REPA (where others write 1 + w, or count from 0). Scale 1,
+    and times outside the interval, cost one evaluation of the batch; guidance costs one of twice the batch.
+
+    Args:
+        model: SiT or alike, called with x (N, C, H, W) float32, t (N,) float32 and classes (N,) int64.
+        y: classes (N,) int64.
+        null_class: the class that stands for none, `num_classes` of the model.
+        scale: guidance scale, finite.
+        interval: (low, high) with 0 <= low <= high <= 1, both included. t = 1 is noise.
+        autocast: type in which the network computes on the device of x, such as `torch.bfloat16`; `None` leaves
+            whatever autocast the caller has.
+
+    Returns:
+        A function of (x (N, C, H, W), t float) that gives the velocity (N, C, H, W) float64.
+
+    Raises:
+        ValueError: scale or interval out of range.
+    """
+    low, high = interval
+    if not math.isfinite(scale):
+        raise ValueError(f"expected a finite guidance scale (--guidance-scale; 1 is none), found {scale}")
+    if not 0 <= low <= high <= 1:
+        raise ValueError(
+            f"expected 0 <= low <= high <= 1 for the guidance interval (--guidance-low, --guidance-high), "
+            f"found {low} and {high}"
+        )
+    y_both = torch.cat([y, torch.full_like(y, null_class)])  # (2N,)
+
+    def network(x: Tensor, t: float, y: Tensor) -> Tensor:  # (M, C, H, W), (M,) -> (M, C, H, W)
+        t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+        with torch.autocast(x.device.type, autocast) if autocast else nullcontext():
+            return model(x.float(), t, y).double()
+
+    def velocity(x: Tensor, t: float) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
+        if scale == 1 or not low <= t <= high:
+            return network(x, t, y)
+        v_class, v_null = network(torch.cat([x, x]), t, y_both).chunk(2)
+        return v_null + scale * (v_class - v_null)
+
+    return velocity

@@ -1,0 +1,251 @@
+"""Solvers on Gaussian data, whose velocity, score and solution are known; guidance against its formula."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from interpolant import PATHS, Interpolant
+from models.sit import SiT, SiTConfig
+from samplers import guided_velocity, sample_ode, sample_sde
+
+MEAN, STD = 1.5, 0.3  # of the data
+
+
+class GaussianData:
+    """z ~ N(MEAN, STD^2): y_t is Gaussian with mean a m and variance a^2 s^2 + b^2, jointly with z and eps."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def coefficients(self, t):
+        if self.path == "linear":
+            return 1 - t, t, -1.0, 1.0
+        half = math.pi / 2
+        return math.cos(half * t), math.sin(half * t), -half * math.sin(half * t), half * math.cos(half * t)
+
+    def variance(self, t):
+        a, b, _, _ = self.coefficients(t)
+        return a**2 * STD**2 + b**2
+
+    def velocity(self, y, t):
+        """E[da z + db eps | y], by the regression of z and eps on y."""
+        a, b, da, db = self.coefficients(t)
+        residual = (y - a * MEAN) / self.variance(t)
+        return da * (MEAN + a * STD**2 * residual) + db * b * residual
+
+    def score(self, y, t):
+        return -(y - self.coefficients(t)[0] * MEAN) / self.variance(t)
+
+
+def order(errors):
+    """Slope of log error over log step, when the number of steps doubles from one entry to the next."""
+    return [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("heun, expected", [(False, 1), (True, 2)])
+def test_ode_converges_to_the_exact_map_with_its_order(path, heun, expected):
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    exact = MEAN + STD * x  # the flow of a Gaussian keeps each point's number of deviations from the mean
+    velocity = GaussianData(path).velocity
+    errors = [(sample_ode(velocity, x, n, heun) - exact).abs().max().item() for n in (64, 128, 256, 512)]
+    assert errors[-1] < (1e-2 if not heun else 1e-4)
+    assert order(errors)[-1] == pytest.approx(expected, abs=0.1)
+
+
+def test_ode_evaluations_are_where_the_docstring_says():
+    times = []
+
+    def velocity(x, t):
+        assert x.dtype == torch.float64
+        times.append(t)
+        return torch.ones_like(x, dtype=torch.float32)
+
+    z = sample_ode(velocity, torch.zeros(3, dtype=torch.float32), 4)
+    assert times == [1.0, 0.75, 0.5, 0.25]
+    assert z.dtype == torch.float64
+    assert torch.equal(z, -torch.ones(3, dtype=torch.float64))  # a velocity of 1 is followed backwards
+    times.clear()
+    sample_ode(velocity, torch.zeros(3), 2, heun=True)
+    assert times == [1.0, 0.5, 0.5, 0.0]
+
+
+def exact_moments(path, num_steps, last_t):
+    """Mean and variance of the SDE sampler's output on Gaussian data, with no random numbers.
+
+    The sampler is then affine in its inputs, x = c + A x_1 + sum_k B_k n_k with independent standard normals x_1 and
+    n_k: the mean is c and the variance A^2 + sum B_k^2. One batch of unit inputs gives all coefficients.
+    """
+    units = torch.eye(
+        num_steps, num_steps + 1, dtype=torch.float64
+    )  # columns: x_1, each of the num_steps - 1 noises, nothing
+    z = sample_sde(
+        GaussianData(path).velocity, units[0], num_steps, lambda step: units[step + 1], Interpolant(path), last_t
+    )
+    c = z[-1]
+    return c.item(), (z[:-1] - c).square().sum().item()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_sde_converges_weakly_to_the_data_with_order_one(path):
+    """Here the last step shrinks with the others: its own error is of second order in its length."""
+    moments = [exact_moments(path, n, last_t=1 / n) for n in (100, 200, 400, 800)]
+    mean_errors = [abs(mean - MEAN) for mean, _ in moments]
+    variance_errors = [abs(variance - STD**2) for _, variance in moments]
+    assert mean_errors[-1] < 5e-3
+    assert variance_errors[-1] < 5e-3
+    # The mean of the linear path moves in a straight line, which no step gets wrong.
+    assert max(mean_errors) < 1e-12 if path == "linear" else order(mean_errors)[-1] > 0.9
+    assert order(variance_errors)[-1] == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_sde_of_the_papers_length_has_the_right_moments(path):
+    mean, variance = exact_moments(path, 250, last_t=0.04)
+    assert mean == pytest.approx(MEAN, abs=0.02)
+    assert math.sqrt(variance) == pytest.approx(STD, abs=0.02)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_sde_equals_a_literal_loop_with_the_known_score(path):
+    data = GaussianData(path)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    noises = torch.randn(9, 5, 3, generator=generator)
+    steps = []
+
+    def noise(step):
+        steps.append(step)
+        return noises[step]
+
+    z = sample_sde(data.velocity, x.float(), 10, noise, Interpolant(path), last_t=0.1)
+    assert steps == list(range(9))
+    y, times = x.float().double(), torch.linspace(1, 0.1, 10, dtype=torch.float64).tolist()
+    for k in range(9):
+        h = times[k] - times[k + 1]
+        langevin = times[k] * data.score(y, times[k])
+        y = y + h * (langevin - data.velocity(y, times[k])) + math.sqrt(2 * times[k] * h) * noises[k].double()
+    y = y + 0.1 * (0.1 * data.score(y, 0.1) - data.velocity(y, 0.1))
+    torch.testing.assert_close(z, y, rtol=1e-9, atol=1e-9)
+    assert z.dtype == torch.float64
+
+
+def test_sde_takes_as_many_evaluations_as_steps_from_one_to_last_t():
+    for num_steps, expected in ((1, [1.0]), (2, [1.0, 0.04]), (4, [1.0, 0.68, 0.36, 0.04])):
+        times = []
+
+        def velocity(x, t, times=times):
+            times.append(t)
+            return -x
+
+        sample_sde(velocity, torch.ones(2), num_steps, lambda _: torch.zeros(2), Interpolant("linear"))
+        assert times == pytest.approx(expected)
+        assert times[0] == 1.0
+
+
+@pytest.mark.parametrize("last_t", [0.0, 1.0, -0.1, math.nan])
+def test_sde_refuses_a_last_step_outside_the_path(last_t):
+    with pytest.raises(ValueError, match=r"--last-t.*found"):
+        sample_sde(lambda x, t: x, torch.ones(1), 2, lambda _: torch.ones(1), Interpolant("linear"), last_t)
+
+
+@pytest.mark.parametrize("num_steps", [0, -1])
+def test_solvers_refuse_no_steps(num_steps):
+    with pytest.raises(ValueError, match=r"at least 1 step.*--num-steps"):
+        sample_ode(lambda x, t: x, torch.ones(1), num_steps)
+    with pytest.raises(ValueError, match=r"at least 1 step.*--num-steps"):
+        sample_sde(lambda x, t: x, torch.ones(1), num_steps, lambda _: torch.ones(1), Interpolant("linear"))
+
+
+K = 3
+
+
+def random_sit():
+    """A small SiT none of whose outputs is zero, as adaLN-Zero would have it."""
+    torch.manual_seed(0)
+    config = SiTConfig(depth=2, hidden_size=32, num_heads=2, patch_size=2, latent_size=4, in_channels=4, num_classes=K)
+    sit = SiT(config).eval().requires_grad_(False)
+    for parameter in sit.parameters():
+        parameter.normal_(std=0.1)
+    return sit
+
+
+class Recorder:
+    """A model that notes the size and type of what it is called with."""
+
+    def __init__(self, model):
+        self.model, self.sizes, self.times = model, [], []
+
+    def __call__(self, x, t, y):
+        assert (x.dtype, t.dtype, y.dtype) == (torch.float32, torch.float32, torch.int64)
+        assert len(x) == len(t) == len(y)
+        self.sizes.append(len(x))
+        self.times.append(t)
+        return self.model(x, t, y)
+
+
+def test_guidance_is_its_formula_on_every_channel():
+    sit, y = random_sit(), torch.tensor([0, 2])
+    x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    t = torch.full((2,), 0.3)
+    v_class, v_null = sit(x.float(), t, y), sit(x.float(), t, torch.tensor([K, K]))
+    assert ((v_class - v_null).abs().amin(dim=(0, 2, 3)) > 0).all()  # so that each channel can tell
+    v = guided_velocity(sit, y, K, 2.5, (0.0, 1.0))(x, 0.3)
+    assert v.dtype == torch.float64
+    torch.testing.assert_close(v, (v_null + 2.5 * (v_class - v_null)).double(), rtol=1e-5, atol=1e-6)
+    v = guided_velocity(sit, y, K, 0.0, (0.0, 1.0))(x, 0.3)
+    torch.testing.assert_close(v, v_null.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_scale_one_is_no_guidance_exactly_and_costs_nothing():
+    sit, y = random_sit(), torch.tensor([0, 2])
+    x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    model = Recorder(sit)
+    v = guided_velocity(model, y, K, 1.0, (0.0, 1.0))(x, 0.3)
+    assert torch.equal(v, sit(x.float(), torch.full((2,), 0.3), y).double())
+    assert model.sizes == [2]
+
+
+def test_guidance_keeps_to_its_interval_and_doubles_no_batch_outside():
+    sit, y = random_sit(), torch.tensor([0, 1, 2])
+    x = torch.randn(3, 4, 4, 4, dtype=torch.float64)
+    model = Recorder(sit)
+    velocity = guided_velocity(model, y, K, 4.0, (0.25, 0.75))
+    plain = guided_velocity(sit, y, K, 1.0, (0.0, 1.0))
+    for t in (1.0, 0.76, 0.75, 0.5, 0.25, 0.24, 0.0):
+        assert torch.equal(velocity(x, t), plain(x, t)) == (not 0.25 <= t <= 0.75)
+    assert model.sizes == [3, 3, 6, 6, 6, 3, 3]
+    assert [times[0].item() for times in model.times] == pytest.approx([1.0, 0.76, 0.75, 0.5, 0.25, 0.24, 0.0])
+
+
+def test_autocast_reaches_the_network_and_not_the_state():
+    types = []
+
+    def model(x, t, y):
+        types.append((x @ x).dtype)
+        return x @ x
+
+    x, y = torch.randn(2, 1, 4, 4, dtype=torch.float64), torch.tensor([0, 1])
+    assert guided_velocity(model, y, K, 1.0, (0.0, 1.0), torch.bfloat16)(x, 0.5).dtype == torch.float64
+    assert guided_velocity(model, y, K, 1.0, (0.0, 1.0))(x, 0.5).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):  # as train.py's grids are drawn
+        guided_velocity(model, y, K, 1.0, (0.0, 1.0))(x, 0.5)
+    assert types == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    "scale, interval, named",
+    [
+        (math.nan, (0.0, 1.0), "--guidance-scale"),
+        (math.inf, (0.0, 1.0), "--guidance-scale"),
+        (2.0, (0.6, 0.4), "--guidance-low"),
+        (2.0, (-0.1, 1.0), "--guidance-low"),
+        (2.0, (0.0, 1.1), "--guidance-high"),
+        (2.0, (0.0, math.nan), "--guidance-high"),
+    ],
+)
+def test_bad_guidance_is_named(scale, interval, named):
+    with pytest.raises(ValueError, match=named):
+        guided_velocity(lambda x, t, y: x, torch.tensor([0]), K, scale, interval)
