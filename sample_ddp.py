@@ -1,0 +1,442 @@
+"""Draw images from a checkpoint: `samples.npz`, `samples.png` and `samples.json`, on a CPU, one GPU or many.
+
+    torchrun --nproc_per_node=8 sample_ddp.py --checkpoint exps/run/checkpoints/0400000
+    python sample_ddp.py --checkpoint exps/run/checkpoints/0400000 --num-samples 64
+
+Model, latent scale and VAE come from the checkpoint. Images are drawn in fixed blocks of `BLOCK`, each with a generator
+of its own, and the label of image i depends on the seed and i alone: any number of processes gives the same bytes, and
+a stopped run goes on by the same command. Another batch size keeps every draw and changes rounding alone.
+
+Shape suffixes: N images, B images of a batch, R image side, C latent channels, H = W latent side.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cli
+from cli import REQUIRED, flag
+
+# torch and what imports it is imported where it is used, so that --help does not wait for it.
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from diffusers import AutoencoderKL
+    from torch import Tensor
+
+    from models.sit import SiT
+    from sample_folder import UnfinishedSamples
+
+BLOCK = 16  # images that share a generator; part of what determines the images
+SAMPLERS = ("sde", "ode-euler", "ode-heun")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    checkpoint: str = flag(REQUIRED, "checkpoint <run>/checkpoints/<step>, or a run (its newest one)", group="files")
+    output_dir: str | None = flag(
+        None, "folder of the result; by default <run>/samples/ and a name made of the settings", group="files"
+    )
+    vae: str | None = flag(
+        None,
+        "hub name or local folder of the VAE, if not where the checkpoint says; must be the same VAE",
+        group="files",
+    )
+    png: bool = flag(False, "also write each image as images/000000.png", group="files")
+
+    num_samples: int = flag(50_000, "images in all", group="what to draw")
+    labels: str = flag(
+        "random",
+        "random: a fair draw per image; balanced: in every K images each of the K classes once, shuffled",
+        choices=("random", "balanced"),
+        group="what to draw",
+    )
+    classes: tuple[int, ...] | None = flag(
+        None, "draw these classes only, by number", group="what to draw", metavar="CLASS"
+    )
+    seed: int = flag(0, "seed of noise and labels", group="what to draw")
+
+    sampler: str = flag("sde", "solver: SDE by Euler-Maruyama, ODE by Euler or Heun", choices=SAMPLERS, group="solver")
+    num_steps: int = flag(250, "steps; each costs one evaluation of the network (ode-heun: two)", group="solver")
+    last_t: float = flag(0.04, "sde: time at which the last step, without noise, begins", group="solver")
+    guidance_scale: float = flag(1.0, "v_null + scale (v_class - v_null): 1 is no guidance", group="solver")
+    guidance_low: float = flag(0.0, "guide from this time on; t = 0 is data", group="solver")
+    guidance_high: float = flag(1.0, "guide up to this time; t = 1 is noise", group="solver")
+
+    per_proc_batch_size: int = flag(64, f"images per batch of a process, a multiple of {BLOCK}", group="speed")
+    mixed_precision: str | None = flag(
+        None,
+        "precision of the network; bf16 on a GPU and no (float32) on a CPU unless set",
+        choices=("no", "bf16"),
+        group="speed",
+    )
+    vae_precision: str = flag("no", "precision of the VAE's decoder", choices=("no", "bf16"), group="speed")
+    tf32: bool = flag(False, "TF32 for float32 products on the GPU", group="speed")
+    device: str | None = flag(None, "a GPU if there is one, unless set", choices=("cpu", "cuda"), group="speed")
+
+    def __post_init__(self):
+        for name in ("num_samples", "num_steps"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        size = self.per_proc_batch_size
+        _check(
+            self,
+            "per_proc_batch_size",
+            size >= BLOCK and size % BLOCK == 0,
+            f"a multiple of {BLOCK} (one block of images)",
+        )
+        _check(self, "last_t", 0 < self.last_t < 1, "a time in (0, 1)")
+        _check(self, "guidance_scale", abs(self.guidance_scale) < float("inf"), "a finite scale (1 is none)")
+        _check(self, "guidance_low", 0 <= self.guidance_low <= 1, "a time in [0, 1]")
+        _check(
+            self, "guidance_high", self.guidance_low <= self.guidance_high <= 1,
+            f"a time in [{self.guidance_low}, 1], not before --guidance-low",
+        )  # fmt: skip
+        _check(self, "seed", self.seed >= 0, "at least 0")
+
+
+def _check(config: SampleConfig, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, found {getattr(config, name)}")
+
+
+def draw_labels(rule: str, classes: np.ndarray, seed: int, first: int, count: int) -> np.ndarray:  # (K,) -> (count,)
+    """Labels (int64) of `count` images from number `first` on; each depends on rule, classes, seed and number alone.
+
+    `balanced`: each round of K images is a permutation of the K classes of its own, so that the order has no class
+    structure, as metrics computed on parts of the file need, and any multiple of K images has each class equally often.
+    """
+    import numpy as np
+
+    from seeding import numpy_generator
+
+    K = len(classes)
+    period = K if rule == "balanced" else BLOCK
+    pieces = []
+    for index in range(first // period, -(-(first + count) // period)):
+        generator = numpy_generator(seed, index, f"sample labels {rule}")
+        pieces.append(generator.permutation(K) if rule == "balanced" else generator.integers(K, size=period))
+    return classes[np.concatenate(pieces)[first % period :][:count]].astype(np.int64)
+
+
+def choose_classes(config: SampleConfig, num_classes: int) -> np.ndarray:  # -> (K,) int64
+    """The classes to draw from.
+
+    Raises:
+        ValueError: one that the model does not know, or one named twice.
+    """
+    import numpy as np
+
+    if config.classes is None:
+        return np.arange(num_classes)
+    wrong = [label for label in config.classes if not 0 <= label < num_classes]
+    if wrong or len(set(config.classes)) != len(config.classes):
+        raise ValueError(
+            f"--classes: expected different numbers from 0 to {num_classes - 1}, "
+            f"found {' '.join(map(str, config.classes))}"
+        )
+    return np.array(config.classes)
+
+
+def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Everything that determines the images, but for the code's version and the device's rounding. JSON values."""
+    from models.vae import UINT8_RULE
+
+    guided = config.guidance_scale != 1
+    return {
+        "checkpoint_digest": info["digest"],
+        "step": info["step"],
+        "path_type": info["path_type"],
+        "sampler": config.sampler,
+        "num_steps": config.num_steps,
+        "last_t": config.last_t if config.sampler == "sde" else None,
+        "diffusion": "2t" if config.sampler == "sde" else None,
+        "guidance_scale": config.guidance_scale,
+        "guidance_interval": [config.guidance_low, config.guidance_high] if guided else None,
+        "num_samples": config.num_samples,
+        "labels": config.labels,
+        "classes": config.classes and list(config.classes),
+        "seed": config.seed,
+        "block_size": BLOCK,
+        # Batches are whole even at the end, so that each image is computed in the same company whatever the count.
+        "batch_size": min(config.per_proc_batch_size, -(-config.num_samples // BLOCK) * BLOCK),
+        "mixed_precision": config.mixed_precision or ("bf16" if device.type == "cuda" else "no"),
+        "vae_precision": config.vae_precision,
+        "tf32": config.tf32 and device.type == "cuda",
+        "device_type": device.type,
+        "vae_digest": info["vae_digest"],
+        "latent_scale": info["scale"].to_dict(),
+        "latent_shape": [sit.config.in_channels, sit.config.latent_size, sit.config.latent_size],
+        "resolution": info["resolution"],
+        "uint8_rule": UINT8_RULE,
+        "png": config.png,
+    }
+
+
+def default_folder(info: dict[str, Any], settings: dict[str, Any]) -> Path:
+    """`<run>/samples/0400000-sde250-cfg1.8-t0-0.7-seed0-n50000`."""
+    name = f"{settings['step']:07d}-{settings['sampler']}{settings['num_steps']}-cfg{settings['guidance_scale']:g}"
+    if settings["guidance_interval"] not in (None, [0.0, 1.0]):
+        name += "-t{:g}-{:g}".format(*settings["guidance_interval"])
+    run_dir = Path(info["source"]).absolute().parent.parent
+    return run_dir / "samples" / f"{name}-seed{settings['seed']}-n{settings['num_samples']}"
+
+
+def choose_device(name: str | None) -> torch.device:
+    """This process's device.
+
+    Raises:
+        ValueError: a GPU is asked for, and there is none for this process.
+    """
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"expected a GPU for each process, found {torch.cuda.device_count()} on this machine and process "
+            f"{local_rank}, counted from 0; start fewer processes, or give --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def load_decoder(name: str, settings: dict[str, Any], device: torch.device) -> AutoencoderKL:
+    """The checkpoint's VAE.
+
+    Raises:
+        ValueError: it cannot be loaded, or is another one.
+    """
+    import torch
+
+    from models.vae import load_vae, vae_digest, vae_factor
+
+    vae = load_vae(name, device)
+    found = vae_digest(vae)
+    if found != settings["vae_digest"]:
+        raise ValueError(
+            f"--vae: expected the VAE of the checkpoint (digest {settings['vae_digest'][:12]}...), "
+            f"found another in {name} ({found[:12]}...); give the one that dumped the latents"
+        )
+    latent_side = settings["latent_shape"][1]
+    if vae_factor(vae) * latent_side != settings["resolution"]:
+        raise ValueError(
+            f"expected images of side {settings['resolution']}, found {vae_factor(vae)} times latents of side "
+            f"{latent_side} with the VAE {name}; the checkpoint and its VAE do not belong together"
+        )
+    return vae.to(torch.bfloat16) if settings["vae_precision"] == "bf16" else vae
+
+
+@dataclass
+class Drawer:
+    """Draws batches: what they depend on, on one device."""
+
+    settings: dict[str, Any]
+    sit: SiT
+    vae: AutoencoderKL
+    info: dict[str, Any]
+    classes: np.ndarray  # (K,) int64
+    device: torch.device
+
+    def labels(self, first: int, count: int) -> np.ndarray:  # -> (count,) int64
+        return draw_labels(self.settings["labels"], self.classes, self.settings["seed"], first, count)
+
+    def noise(self, batch: int) -> Callable[..., Tensor]:
+        """A function whose calls give standard normal numbers (B, C, H, W), each block's from its own generator."""
+        import torch
+
+        from seeding import block_generator
+
+        blocks = self.settings["batch_size"] // BLOCK
+        generators = [
+            block_generator(self.settings["seed"], block, "sample noise", self.device)
+            for block in range(batch * blocks, (batch + 1) * blocks)
+        ]
+        shape = (BLOCK, *self.settings["latent_shape"])
+
+        def draw(step: int = -1) -> Tensor:  # -> (B, C, H, W)
+            return torch.cat([torch.randn(shape, generator=g, device=self.device) for g in generators])
+
+        return draw
+
+    def latents(self, batch: int) -> Tensor:  # -> (B, C, H, W) float64
+        """Batch number `batch` at t = 0. The first draw is its noise at t = 1, the following are those of the SDE."""
+        import torch
+
+        from interpolant import Interpolant
+        from samplers import guided_velocity, sample_ode, sample_sde
+
+        settings, size = self.settings, self.settings["batch_size"]
+        noise, y = self.noise(batch), torch.from_numpy(self.labels(batch * size, size)).to(self.device)
+        velocity = guided_velocity(
+            self.sit, y, self.sit.config.num_classes, settings["guidance_scale"],
+            tuple(settings["guidance_interval"] or (0.0, 1.0)),
+            torch.bfloat16 if settings["mixed_precision"] == "bf16" else None,
+        )  # fmt: skip
+        x = noise()
+        if settings["sampler"] == "sde":
+            interpolant = Interpolant(settings["path_type"])
+            return sample_sde(velocity, x, settings["num_steps"], noise, interpolant, settings["last_t"])
+        return sample_ode(velocity, x, settings["num_steps"], heun=settings["sampler"] == "ode-heun")
+
+    def images(self, batch: int) -> tuple[Tensor, Tensor]:  # -> (B, R, R, 3) uint8, (B,) bool
+        """The batch's images, and which of its latents are finite. Decoded block by block: the decoder needs memory."""
+        import torch
+
+        from models.vae import decode_images
+
+        z = self.latents(batch)  # (B, C, H, W)
+        images = [decode_images(self.vae, block, self.info["scale"]) for block in z.float().split(BLOCK)]
+        return torch.cat(images), z.isfinite().flatten(1).all(dim=1)
+
+
+def start_copy(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
+    """Begin copies to the host; the function returned waits for them. So the device can go on meanwhile."""
+    import torch
+
+    if not tensors[0].is_cuda:
+        return lambda: [tensor.numpy() for tensor in tensors]
+    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> list[np.ndarray]:
+        copied.synchronize()
+        return [copy.numpy() for copy in copies]
+
+    return wait
+
+
+def store_batch(samples: UnfinishedSamples, batch: int, wait: Callable[[], list[np.ndarray]]) -> None:
+    """Wait for a batch to reach the host, look at it, and write it.
+
+    Raises:
+        ValueError: a latent is not finite.
+    """
+    images, finite = wait()
+    bad = [index for index in range(len(finite)) if not finite[index]]
+    if bad:
+        first = batch * samples.batch_size + bad[0]
+        raise ValueError(
+            f"expected finite samples, found {len(bad)} that are not in batch {batch}: the first is image {first} "
+            f"of block {first // BLOCK}; fix: --mixed-precision no, a lower --guidance-scale, or an older checkpoint"
+        )
+    samples.write(batch, images)
+
+
+def draw_batches(drawer: Drawer, samples: UnfinishedSamples, batches: list[int], show_progress: bool) -> None:
+    """Draw these batches and write them; a thread writes one while the device draws the next."""
+    from tqdm import tqdm
+
+    progress = tqdm(
+        total=samples.num_samples, desc="sampling", unit="image", initial=samples.count(), disable=not show_progress,
+        dynamic_ncols=True,
+    )  # fmt: skip
+    with progress, ThreadPoolExecutor(1) as writer:
+        in_flight: deque = deque()
+        for batch in batches:
+            wait = start_copy(*drawer.images(batch))
+            in_flight.append(writer.submit(store_batch, samples, batch, wait))
+            if len(in_flight) > 1:
+                in_flight.popleft().result()
+            progress.update(samples.count() - progress.n)  # those of the other processes as well
+        for task in in_flight:
+            task.result()
+        progress.update(samples.count() - progress.n)
+
+
+def share(value: Any) -> Any:
+    """Process 0's value, on every process."""
+    import torch.distributed as dist
+
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = cli.parse(SampleConfig, argv, __doc__.splitlines()[0])
+    import torch.distributed as dist
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        sample(config, 0, 1)
+        return
+    # Processes exchange words, not tensors: gloo does for GPUs too. torchrun ends all of them when one fails.
+    dist.init_process_group("gloo", timeout=datetime.timedelta(hours=12))
+    try:
+        sample(config, dist.get_rank(), processes)
+    finally:
+        dist.destroy_process_group()
+
+
+def sample(config: SampleConfig, rank: int, processes: int) -> None:
+    """Draw what is missing of the samples, as process `rank` of `processes`; process 0 makes the folder whole."""
+    import torch
+    import torch.distributed as dist
+
+    import provenance
+    import sample_folder
+    from checkpoint import load_sit
+
+    device = choose_device(config.device)
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    torch.backends.cudnn.deterministic = True
+
+    sit, info = load_sit(config.checkpoint)
+    classes = choose_classes(config, len(info["class_names"]))
+    settings = describe(config, sit, info, device)
+    folder = Path(config.output_dir) if config.output_dir else default_folder(info, settings)
+    if share(sample_folder.is_complete(folder, settings) if rank == 0 else None):
+        if rank == 0:
+            sample_folder.remove_partial(folder)
+            print(f"{folder} is complete: {settings['num_samples']:,} images of these settings; nothing to do")
+        return
+    vae_name = config.vae or info["vae"]
+    drawer = Drawer(settings, sit.to(device), load_decoder(vae_name, settings, device), info, classes, device)
+
+    if rank == 0:
+        sample_folder.create(folder, settings)
+        print(f"{info['source']} (step {info['step']}) -> {folder}", flush=True)
+    share(None)  # from here on the folder exists
+    samples = sample_folder.UnfinishedSamples(folder, settings)
+    begin, before = time.perf_counter(), samples.count()
+    missing = share([batch for batch, done in enumerate(samples.done()) if not done] if rank == 0 else None)
+    draw_batches(drawer, samples, missing[rank::processes], show_progress=rank == 0)
+    if dist.is_initialized():
+        dist.barrier()
+    if rank == 0:
+        seconds, drawn = time.perf_counter() - begin, settings["num_samples"] - before
+        record = {
+            "settings": settings,
+            "checkpoint": info["source"],
+            "vae": vae_name,
+            "class_names": info["class_names"],
+            "processes": processes,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            # Of the last start alone: a run that was stopped had drawn the others before.
+            "timing": {"images": drawn, "seconds": seconds, "images_per_second": drawn / seconds},
+        }
+        labels = drawer.labels(0, settings["num_samples"])
+        samples.finish(labels, record | provenance.stamp())
+        print(
+            f"{folder / 'samples.npz'}: {settings['num_samples']:,} images, {drawn / seconds:.3g} images/s", flush=True
+        )
+    samples.close()
+
+
+if __name__ == "__main__":
+    cli.run(main)
