@@ -1,0 +1,118 @@
+"""Everything that knows the VAE: loading, encoding to posterior moments, latent scale, decoding.
+
+Shape suffixes: N batch, R image side in pixels, C latent channels, H = W latent side.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+UINT8_RULE = "floor(clamp(127.5 * x + 128, 0, 255))"
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """z = (f - shift) * scale, by channel or alike for all; recorded in the store and in every checkpoint.
+
+    Args:
+        scale: one number, or one per latent channel.
+        shift: as many numbers as `scale`.
+    """
+
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+
+    def __post_init__(self):
+        if len(self.scale) != len(self.shift) or not self.scale or min(self.scale) <= 0:
+            raise ValueError(f"expected as many positive scales as shifts, found {self.scale} and {self.shift}")
+
+    def scale_latent(self, f: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
+        """VAE latents to the latents that are noised."""
+        return (f - _by_channel(self.shift, f.dtype, f.device)) * _by_channel(self.scale, f.dtype, f.device)
+
+    def unscale(self, z: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
+        """Inverse of `scale_latent`."""
+        return z / _by_channel(self.scale, z.dtype, z.device) + _by_channel(self.shift, z.dtype, z.device)
+
+    def to_dict(self) -> dict[str, list[float]]:
+        return {"scale": list(self.scale), "shift": list(self.shift)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> LatentScale:
+        return cls(tuple(map(float, values["scale"])), tuple(map(float, values["shift"])))
+
+
+@functools.lru_cache  # a copy to the GPU in each training step would make the host wait
+def _by_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor | float:
+    return values[0] if len(values) == 1 else torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
+
+
+def scale_from_config(vae: AutoencoderKL) -> LatentScale:
+    """The scale that a VAE's own config records, by channel where it has statistics by channel."""
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        return LatentScale(tuple(config.scaling_factor / value for value in std), tuple(map(float, mean)))
+    return LatentScale((config.scaling_factor,), (config.get("shift_factor") or 0.0,))
+
+
+def load_vae(
+    name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> AutoencoderKL:
+    """A diffusers `AutoencoderKL`, frozen and in eval mode, from the hub or from a local folder.
+
+    Raises:
+        ValueError: neither can be read; the message names `--vae`.
+    """
+    from diffusers import AutoencoderKL
+
+    folder = Path(name_or_path)
+    subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
+    try:
+        vae = AutoencoderKL.from_pretrained(str(name_or_path), subfolder=subfolder, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"--vae: expected a folder with an AutoencoderKL, or its name on the hub, found {name_or_path!r} "
+            f"({reason}); without a network give a local folder"
+        ) from error
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def vae_digest(vae: AutoencoderKL) -> str:
+    """SHA-256 over the weights as float32, by sorted name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def vae_factor(vae: AutoencoderKL) -> int:
+    """Image side over latent side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def encode_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:  # (N, R, R, 3) uint8 -> (N, 2C, H, W) float32
+    """Mean, then standard deviation, of the posterior."""
+    x = images.permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
+    posterior = vae.encode(x).latent_dist
+    return torch.cat([posterior.mean, posterior.std], dim=1).float()
+
+
+@torch.no_grad()
+def decode_images(vae: AutoencoderKL, latents: Tensor, scale: LatentScale) -> Tensor:  # (N, C, H, W) -> (N, R, R, 3)
+    """Scaled latents to uint8 images by `UINT8_RULE`, on the latents' device."""
+    x = vae.decode(scale.unscale(latents.float()).to(vae.dtype)).sample.float()
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

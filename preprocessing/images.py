@@ -1,0 +1,231 @@
+"""Where images come from, and the crop that makes them square.
+
+A source lists its images once, in one order on every machine, and reads the bytes of any of them.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+# Only these are looked at; what is inside is decided by content, so that a PNG named .jpg is read.
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+
+
+class Source(Protocol):
+    """Images with labels.
+
+    Attributes:
+        names: one per image, unique, relative to the source.
+        labels: class ids, in the order of `names`.
+        class_names: by class id.
+    """
+
+    names: list[str]
+    labels: list[int]
+    class_names: list[str]
+
+    def read(self, index: int) -> bytes:
+        """The encoded image number `index`."""
+        ...
+
+
+def open_source(location: str | Path) -> Source:
+    """A source of any kind: a folder of class folders, a zip of them, or parquet shards (a folder, file or pattern).
+
+    Raises:
+        ValueError: nothing there, no class folders, no images, or an archive that cannot be read.
+    """
+    path = Path(location)
+    if any(character in str(location) for character in "*?["):
+        files = sorted(glob.glob(str(location), recursive=True))
+        if not files:
+            raise ValueError(f"--source: no file matches {location}")
+        return ParquetSource([Path(file) for file in files])
+    if not path.exists():
+        raise ValueError(f"--source: expected a folder, a zip or parquet files, found nothing at {path}")
+    if path.is_file():
+        return ParquetSource([path]) if path.suffix == ".parquet" else ZipSource(path)
+    parquet = sorted(path.rglob("*.parquet"))
+    return ParquetSource(parquet) if parquet else FolderSource(path)
+
+
+def _by_class(names: list[str], location: Path) -> tuple[list[str], list[int], list[str]]:
+    """Names sorted by class and name, labels, and the classes: the first folder of each name, in sorted order."""
+    if not names:
+        raise ValueError(f"--source: expected images ({' '.join(sorted(EXTENSIONS))}), found none in {location}")
+    loose = [name for name in names if "/" not in name]
+    if loose:
+        raise ValueError(
+            f"--source: expected class folders in {location}, found no class folder around {loose[0]}; "
+            f"put each class into a folder of its own (one folder will do for images without classes)"
+        )
+    class_names = sorted({name.split("/", 1)[0] for name in names})
+    ids = {class_name: label for label, class_name in enumerate(class_names)}
+    names = sorted(names, key=lambda name: name.split("/"))
+    return names, [ids[name.split("/", 1)[0]] for name in names], class_names
+
+
+def _is_image(name: PurePosixPath) -> bool:
+    hidden = any(part.startswith((".", "__MACOSX")) for part in name.parts)
+    return name.suffix.lower() in EXTENSIONS and not hidden
+
+
+class FolderSource:
+    """Class folders, each of which may hold folders in turn."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        relative = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        names = [path.as_posix() for path in relative if _is_image(PurePosixPath(path))]
+        self.names, self.labels, self.class_names = _by_class(names, folder)
+
+    def read(self, index: int) -> bytes:
+        return (self.folder / self.names[index]).read_bytes()
+
+
+class ZipSource:
+    """A zip of class folders, with or without one folder around them all. Nothing is extracted to disk."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = [PurePosixPath(name) for name in archive.namelist()]
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(
+                f"--source: expected a folder, a zip or parquet files; {path} is no zip ({error})"
+            ) from error
+        members = [member for member in members if _is_image(member)]
+        depth = 0  # folders around all classes
+        while (
+            members and all(len(m.parts) > depth + 2 for m in members) and len({m.parts[depth] for m in members}) == 1
+        ):
+            depth += 1
+        self.prefix = "/".join(members[0].parts[:depth]) + "/" if depth else ""
+        names = [str(member).removeprefix(self.prefix) for member in members]
+        self.names, self.labels, self.class_names = _by_class(names, path)
+        self._archive: zipfile.ZipFile | None = None
+
+    def read(self, index: int) -> bytes:
+        if self._archive is None:
+            self._archive = zipfile.ZipFile(self.path)
+        return self._archive.read(self.prefix + self.names[index])
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_archive": None}  # an open file is not shared between processes
+
+
+@dataclass
+class ParquetSource:
+    """Parquet files as datasets are published on the hub: columns `image` (struct of bytes and path) and `label`."""
+
+    files: list[Path]
+    names: list[str] = field(init=False)
+    labels: list[int] = field(init=False)
+    class_names: list[str] = field(init=False)
+
+    def __post_init__(self):
+        import pyarrow
+        import pyarrow.parquet as parquet
+
+        splits = sorted({file.name.split("-")[0] for file in self.files if "-of-" in file.name})
+        if len(splits) > 1:
+            raise ValueError(
+                f"--source: expected parquet files of one split, found {', '.join(splits)}; "
+                f"name one by a pattern, such as '{self.files[0].parent}/{splits[0]}-*.parquet'"
+            )
+        self.names, self.labels, self.class_names = [], [], []
+        self._groups: list[tuple[int, int]] = []  # (file, row group), in order
+        starts = [0]
+        for number, path in enumerate(self.files):
+            try:
+                file = parquet.ParquetFile(path)
+                schema = file.schema_arrow
+                image_type = schema.field("image").type
+                if not (pyarrow.types.is_struct(image_type) and image_type.get_field_index("bytes") >= 0):
+                    raise KeyError("image.bytes")
+                self.labels += file.read(columns=["label"]).column("label").to_pylist()
+            except (pyarrow.ArrowException, OSError, KeyError) as error:
+                raise ValueError(
+                    f"--source: expected parquet with columns image (struct with bytes) and label, found {path} "
+                    f"({' '.join(str(error).split())[:200]})"
+                ) from error
+            for group in range(file.num_row_groups):
+                self._groups.append((number, group))
+                starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
+            self.names += [f"{path.name}/{row}" for row in range(file.metadata.num_rows)]
+            self.class_names = self.class_names or _hub_class_names(schema.metadata or {})
+        self._starts = np.array(starts)
+        if not self.names:
+            raise ValueError(f"--source: expected rows in {self.files[0]} and its like, found none")
+        if any(not isinstance(label, int) or label < 0 for label in self.labels):
+            raise ValueError(f"--source: expected labels of 0 and more in {self.files[0].parent}, found others")
+        count = max(self.labels) + 1
+        if self.class_names and len(self.class_names) < count:
+            raise ValueError(f"--source: expected labels below {len(self.class_names)}, found {count - 1}")
+        self.class_names = self.class_names or [str(label) for label in range(count)]
+        self._cached: tuple[int, list] = (-1, [])
+
+    def read(self, index: int) -> bytes:
+        place = int(np.searchsorted(self._starts, index, side="right")) - 1
+        if self._cached[0] != place:  # neighbours are asked for in turn: a group is read once
+            import pyarrow.parquet as parquet
+
+            number, group = self._groups[place]
+            table = parquet.ParquetFile(self.files[number]).read_row_group(group, columns=["image"])
+            self._cached = (place, table.column("image").combine_chunks())
+        content = self._cached[1][index - int(self._starts[place])].as_py()
+        if not content or content["bytes"] is None:
+            raise OSError("the row holds no image bytes")
+        return content["bytes"]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_cached": (-1, [])}
+
+
+def _hub_class_names(metadata: dict[bytes, bytes]) -> list[str]:
+    """Class names from the features that the hub's datasets store in a parquet schema, if they are there."""
+    try:
+        return list(json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"])
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def decode(content: bytes) -> Image.Image:
+    """An RGB image from encoded bytes of any kind that Pillow reads: CMYK, grey, palette, 16 bits, transparency.
+
+    Raises:
+        OSError: the bytes are no whole image, or one of more than 179 million pixels.
+    """
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+        if image.mode.startswith("I"):  # 16 bits in integers, which convert() would clip at 255
+            return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+    except (ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
+        raise OSError(str(error)) from error
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:  # -> (R, R, 3) uint8
+    """ADM's crop, on which the field's numbers rest: halve by boxes, then bicubic, then the centre.
+
+    Args:
+        image: RGB, any size.
+        size: R, side of the result in pixels.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image)[top : top + size, left : left + size].copy()

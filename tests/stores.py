@@ -1,0 +1,61 @@
+"""Small stores and VAEs for the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset import LatentStoreWriter
+from models.vae import load_vae, vae_digest
+
+
+def make_vae(folder: Path, seed: int = 0, channels: int = 4) -> Path:
+    """A tiny AutoencoderKL with random weights, 4 pixels to a latent, saved as diffusers does."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=channels,
+        sample_size=32,
+        scaling_factor=0.9,
+    )
+    vae.save_pretrained(folder)
+    return folder
+
+
+def make_store(
+    folder: Path, count: int = 24, classes: int = 3, size: int = 8, channels: int = 4, seed: int = 0,
+    flips: bool = False, vae: Path | None = None, dtype: str = "float32", shard_size: int = 10,
+) -> Path:  # fmt: skip
+    """A store of random moments in several shards; made for images of 4 pixels to a latent."""
+    rng = np.random.default_rng(seed)
+    shape = (2 * channels, size, size)
+    kinds = ("moments", "flips") if flips else ("moments",)
+    settings = {"seed": seed, "count": count}
+    writer = LatentStoreWriter(folder, settings, {kind: shape for kind in kinds}, dtype)
+    numbers = {kind: rng.standard_normal((count, *shape)).astype(dtype) for kind in kinds}
+    for values in numbers.values():
+        values[:, channels:] = 0.1 * np.abs(values[:, channels:])
+    labels = rng.integers(0, classes, count)
+    for index, begin in enumerate(range(0, count, shard_size)):
+        rows = slice(begin, min(begin + shard_size, count))
+        shard = writer.shard(index)
+        paths = [f"{i}.png" for i in range(count)[rows]]
+        shard.append(len(paths), {kind: numbers[kind][rows] for kind in kinds}, labels[rows].tolist(), paths)
+        shard.close()
+    writer.finish(
+        index + 1,
+        {
+            "vae": str(vae) if vae else "none", "vae_digest": vae_digest(load_vae(str(vae))) if vae else "none",
+            "scale": [0.9], "shift": [0.1], "scale_source": "config", "resolution": 4 * size, "crop": "adm-center",
+            "class_names": [f"class {k}" for k in range(classes)], "settings": settings,
+        },
+    )  # fmt: skip
+    return folder

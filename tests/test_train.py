@@ -1,0 +1,395 @@
+"""The trainer: exact resume, the same batches on any division, every flag's effect, refusals."""
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from PIL import Image
+from safetensors.torch import load_file
+
+import checkpoint
+import cli
+import train
+from runlog import read_log
+from tests.stores import make_store, make_vae
+from train_config import FREE_ON_RESUME, TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """24 random latents of 3 classes, with mirror images."""
+    folder = tmp_path_factory.mktemp("data")
+    make_store(folder / "store", flips=True)
+    return folder / "store"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps its state for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def settings(data, output, **changes):
+    """Flags of a very small run; `changes` by field name, None leaving a flag out."""
+    values = {
+        "data_dir": data, "output_dir": output, "exp_name": "run", "model": "SiT-Ti/4", "batch_size": 6,
+        "max_train_steps": 2, "log_every": 1, "sampling_steps": 0, "num_workers": 0, "learning_rate": 1e-3,
+        "checkpointing_steps": 100, "ema_decay": 0.9,
+    }  # fmt: skip
+    arguments = []
+    for name, value in (values | changes).items():
+        spelling = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{spelling}" if value else f"--no-{spelling}")
+        elif isinstance(value, tuple):
+            arguments += [f"--{spelling}", *map(str, value)]
+        elif value is not None:
+            arguments += [f"--{spelling}", str(value)]
+    return arguments
+
+
+def run(data, output, **changes):
+    """Train in this process; the run's folder."""
+    train.main(settings(data, output, **changes))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Path(output) / changes.get("exp_name", "run")
+
+
+def weights(folder, name="model"):
+    return load_file(checkpoint.latest_checkpoint(folder) / f"{name}.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(data, tmp_path):
+    whole = run(data, tmp_path / "whole", max_train_steps=4, num_workers=1)
+    run(data, tmp_path / "parts", max_train_steps=2)
+    parts = run(data, tmp_path / "parts", max_train_steps=4)
+    for name in ("model", "ema"):
+        assert same(weights(whole, name), weights(parts, name))
+    a, b = (torch.load(checkpoint.latest_checkpoint(f) / "optimizer.pt", weights_only=True) for f in (whole, parts))
+    assert all(same(state, b["optimizer"]["state"][key]) for key, state in a["optimizer"]["state"].items())
+    timeless = [
+        [{k: v for k, v in row.items() if k not in ("images_per_second", "memory_gib", "eta_seconds")} for row in rows]
+        for rows in (read_log(whole), read_log(parts))
+    ]
+    assert timeless[0] == timeless[1]
+    assert [row["step"] for row in timeless[0]] == [1, 2, 3, 4]
+
+
+def spied(data, folder, processes, accumulation):
+    """Losses of 3 steps, and the batch of each step put together in the order of the global batch."""
+    folder.mkdir()
+    flags = settings(data, folder, max_train_steps=3, batch_size=8, gradient_accumulation_steps=accumulation)
+    command = [sys.executable, str(ROOT / "tests" / "spy_train.py"), *flags]
+    if processes > 1:
+        command[:1] = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            "--master_port=0",
+        ]
+    environment = os.environ | {"SPY_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    batches = []
+    for step in range(3):
+        order = [(rank, step * accumulation + micro) for micro in range(accumulation) for rank in range(processes)]
+        pieces = [torch.load(folder / f"rank{rank}-call{call}.pt") for rank, call in order]
+        batches.append({name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})
+    return read_log(folder / "run"), batches
+
+
+@pytest.mark.slow
+def test_processes_and_accumulation_change_neither_batches_nor_losses(data, tmp_path):
+    rows, batches = spied(data, tmp_path / "1x1", 1, 1)
+    assert len(batches[0]["z"]) == 8
+    for processes, accumulation in ((1, 4), (2, 1), (2, 2)):
+        other_rows, other = spied(data, tmp_path / f"{processes}x{accumulation}", processes, accumulation)
+        for batch, other_batch in zip(batches, other, strict=True):
+            assert same(batch, other_batch)
+        for row, other_row in zip(rows, other_rows, strict=True):
+            for name in ("loss", "velocity", "align_vae", "grad_norm"):
+                assert other_row[name] == pytest.approx(row[name], rel=1e-5)
+
+
+def test_the_loss_is_that_of_the_store_and_the_step(data, tmp_path, monkeypatch):
+    """The first step's inputs, made again here from the store's files and the documented generators."""
+    from dataset import LatentDataset, StepSampler
+    from seeding import step_generator
+
+    seen = {}
+    compute = train.training_loss
+
+    def spy(model, z, eps, t, y, interpolant, targets, alignments):
+        seen.update(z=z, eps=eps, t=t, y=y, target=targets["vae"])
+        return compute(model, z, eps, t, y, interpolant, targets, alignments)
+
+    monkeypatch.setattr(train, "training_loss", spy)
+    run(data, tmp_path, max_train_steps=1, seed=5, label_dropout=0.5)
+    store = LatentDataset(data)
+    batch = store.__getitems__(next(iter(StepSampler(len(store), 6, seed=5))))
+    mean, std = batch["moments"].chunk(2, dim=1)
+    noise = torch.randn(6, 4, 8, 8, generator=step_generator(5, 0, "posterior"))
+    z = (mean + std * noise - torch.tensor(store.meta["shift"])) * torch.tensor(store.meta["scale"])
+    torch.testing.assert_close(seen["z"], z)
+    assert torch.equal(seen["eps"], torch.randn(6, 4, 8, 8, generator=step_generator(5, 0, "noise")))
+    assert torch.equal(seen["t"], torch.rand(6, generator=step_generator(5, 0, "time")))
+    dropped = torch.rand(6, generator=step_generator(5, 0, "dropout")) < 0.5
+    assert torch.equal(seen["y"], torch.where(dropped, 3, batch["label"]))
+    # Token 1 of the target is the second patch of the first row, as (row, column, channel).
+    assert torch.equal(seen["target"][:, 1], seen["z"][:, :, :4, 4:].permute(0, 2, 3, 1).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def plain(data, tmp_path_factory):
+    """Weights, average and log of a run with the settings that the next tests change."""
+    folder = run(data, tmp_path_factory.mktemp("plain"), label_dropout=0.5)
+    return weights(folder), weights(folder, "ema"), read_log(folder)
+
+
+CHANGES = {
+    "seed": 1, "model": "SiT-Ti/8", "path_type": "cosine", "align": "none", "align_depth": 3, "align_weight": 0.5,
+    "align_layers": 4, "align_objective": "l2", "align_beta": 0.5, "align_time_range": (0.0, 0.5),
+    "align_target": "mean", "batch_size": 4, "learning_rate": 1e-4, "adam_beta1": 0.5, "adam_beta2": 0.5,
+    "adam_weight_decay": 0.5, "adam_epsilon": 1e-3, "max_grad_norm": 0.01, "label_dropout": 1.0, "random_flip": True,
+    "mixed_precision": "bf16", "num_classes": 4, "ema_decay": 0.5, "max_train_steps": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_flag_of_the_method_changes_the_result(name, data, tmp_path, plain):
+    folder = run(data, tmp_path, **{"label_dropout": 0.5, name: CHANGES[name]})
+    model, ema, _ = plain
+    assert not same(weights(folder, "ema"), ema)
+    assert same(weights(folder), model) == (name == "ema_decay")
+
+
+def test_what_may_change_on_resume_does_not_change_the_result(data, tmp_path, plain):
+    folder = run(
+        data, tmp_path, label_dropout=0.5, num_workers=2, checkpointing_steps=1, keep_last=1, keep_every=0, log_every=2,
+        resolution=32,
+    )  # fmt: skip
+    assert same(weights(folder), plain[0])
+    assert same(weights(folder, "ema"), plain[1])
+
+
+def test_every_flag_is_either_free_on_resume_or_tested_above():
+    elsewhere = {"allow_tf32"}  # shows on a GPU alone
+    assert {field.name for field in dataclasses.fields(TrainConfig)} == (FREE_ON_RESUME | set(CHANGES) | elsewhere), (
+        "a new flag needs a test of its effect"
+    )
+
+
+def test_alignment_leaves_the_initial_backbone_and_first_velocity_loss_alone(data, tmp_path, plain):
+    folder = run(data, tmp_path, align="none", label_dropout=0.5)
+    rows = read_log(folder)
+    assert rows[0]["velocity"] == plain[2][0]["velocity"]
+    assert "align_vae" not in rows[0]
+    assert rows[0]["loss"] == rows[0]["velocity"]
+    assert not any(name.startswith("heads.") for name in weights(folder))
+
+
+def test_logs_hold_what_is_promised(data, tmp_path, plain):
+    folder = run(data, tmp_path, max_train_steps=4, log_every=2)
+    rows = read_log(folder)
+    assert [row["step"] for row in rows] == [2, 4]
+    for row in rows:
+        assert set(row) == {"step", "epoch", "loss", "velocity", "align_vae", "grad_norm", "images_per_second",
+                            "memory_gib", "eta_seconds"}  # fmt: skip
+        assert row["epoch"] == row["step"] * 6 / 24
+        assert row["loss"] == pytest.approx(row["velocity"] + row["align_vae"], rel=1e-6)
+        assert row["images_per_second"] > 0
+        assert row["memory_gib"] > 0
+    assert rows[-1]["eta_seconds"] == 0
+    with open(folder / "metrics.csv") as file:
+        assert [{k: float(v) for k, v in line.items()} for line in csv.DictReader(file)] == rows
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["config"]["align_depth"] == 2
+    assert torch.__version__.startswith(saved["versions"]["torch"])
+    assert "git_revision" in saved
+
+
+def test_a_row_is_the_mean_of_its_steps(data, tmp_path):
+    one = read_log(run(data, tmp_path / "a", max_train_steps=4))
+    two = read_log(run(data, tmp_path / "b", max_train_steps=4, log_every=2))
+    for k, row in enumerate(two):
+        for name in ("loss", "velocity", "align_vae", "grad_norm"):
+            assert row[name] == pytest.approx((one[2 * k][name] + one[2 * k + 1][name]) / 2, rel=1e-6)
+
+
+def test_checkpoints_every_k_steps_and_at_the_end_with_rotation(data, tmp_path):
+    folder = run(data, tmp_path, max_train_steps=7, checkpointing_steps=2, keep_last=2, keep_every=4)
+    assert [int(path.name) for path in checkpoint.checkpoints(folder)] == [4, 6, 7]
+    sit, info = checkpoint.load_sit(folder)
+    assert (info["step"], info["resolution"], info["path_type"]) == (7, 32, "linear")
+    assert sit.config.num_classes == 3
+
+
+def test_grids_show_the_average_from_the_same_noise_each_time(tmp_path):
+    vae = make_vae(tmp_path / "vae")
+    make_store(tmp_path / "store", vae=vae)
+    folder = run(
+        tmp_path / "store", tmp_path, ema_decay=1.0, sampling_steps=1, sampling_count=4, sampling_num_steps=2,
+        max_train_steps=2,
+    )  # fmt: skip
+    first, second = (np.asarray(Image.open(folder / "samples" / f"{step:07d}.png")) for step in (1, 2))
+    assert first.shape == (2 * 32 + 6, 2 * 32 + 6, 3)
+    assert np.array_equal(first, second)  # an average that never moves
+    assert len(np.unique(first)) > 10
+
+
+def test_a_vae_that_did_not_make_the_store_is_refused(tmp_path):
+    make_store(tmp_path / "store", vae=make_vae(tmp_path / "vae"))
+    other = make_vae(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="is not the VAE that made"):
+        run(tmp_path / "store", tmp_path, sampling_steps=1, vae=other)
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):
+    with pytest.raises(ValueError, match=r"not at step 3; the last good checkpoint is .*0000002; fix"):
+        run(data, tmp_path, max_train_steps=9, learning_rate=1e30, checkpointing_steps=2, log_every=50)
+    assert [int(path.name) for path in checkpoint.checkpoints(tmp_path / "run")] == [2]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data_dir": "absent"}, "absent"),
+        ({"resolution": 64}, "--resolution: expected 32.*found 64"),
+        ({"num_classes": 2}, "--num-classes: expected at least 3.*found 2"),
+        ({"model": "SiT-Q/2"}, "found 'SiT-Q/2'"),
+        ({"model": "SiT-Ti/16"}, "found 'SiT-Ti/16'"),
+        ({"align_depth": 7}, r"1\.\.6 .*found 7"),
+        ({"align_depth": 0}, r"1\.\.6 .*found 0"),
+        ({"align_layers": 9}, "--align-layers.*found 9"),
+        ({"align_beta": 0.0}, "--align-beta"),
+        ({"align_time_range": (0.6, 0.5)}, "--align-time-range"),
+        ({"batch_size": 0}, "--batch-size: expected at least 1, found 0"),
+        ({"gradient_accumulation_steps": 4}, "batch size.*6"),
+        ({"learning_rate": -1.0}, "--learning-rate: expected more than 0, found -1.0"),
+        ({"learning_rate": float("nan")}, "--learning-rate: expected more than 0, found nan"),
+        ({"ema_decay": 1.5}, "--ema-decay"),
+        ({"label_dropout": -0.1}, "--label-dropout"),
+        ({"sampling_steps": 5, "vae": "no/such-vae"}, "--vae"),
+    ],
+)
+def test_refusals_name_the_flag_before_anything_is_written(changes, message, data, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        run(data, tmp_path / "out", **changes)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works on a GPU")
+def test_fp16_without_a_gpu_is_refused(data, tmp_path):
+    with pytest.raises(ValueError, match="--mixed-precision fp16: expected a GPU"):
+        run(data, tmp_path, mixed_precision="fp16")
+
+
+def test_flips_need_a_store_that_has_them(tmp_path):
+    make_store(tmp_path / "store")
+    with pytest.raises(ValueError, match="--random-flip.*--flip"):
+        run(tmp_path / "store", tmp_path, random_flip=True)
+
+
+def test_a_run_goes_on_only_with_its_own_settings_and_data(data, tmp_path):
+    run(data, tmp_path)
+    with pytest.raises(ValueError, match=r"--learning-rate 0\.001 -> 0\.1.*--exp-name"):
+        run(data, tmp_path, learning_rate=0.1, max_train_steps=3)
+    with pytest.raises(ValueError, match="--no-resume.*holds a run"):
+        run(data, tmp_path, resume=False)
+    make_store(tmp_path / "other", seed=9, flips=True)
+    with pytest.raises(ValueError, match="is not the store that"):
+        run(tmp_path / "other", tmp_path, max_train_steps=3)
+
+
+def test_a_damaged_checkpoint_is_named(data, tmp_path):
+    folder = run(data, tmp_path)
+    file = checkpoint.latest_checkpoint(folder) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"damaged checkpoint.*model\.safetensors"):
+        run(data, tmp_path, max_train_steps=3)
+
+
+def test_a_user_sees_one_line_and_code_2(data, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *settings(data, tmp_path, align_depth=9)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: expected an alignment depth in 1..6")
+    assert "Traceback" not in done.stderr
+
+
+def test_config_file_and_repa_names_mean_the_same(data, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("proj-coeff: 0.5\nencoder_depth: 3\ncfg-prob: 0.2\n")
+    config = cli.parse(TrainConfig, ["--data-dir", "x", "--config", str(file)])
+    assert (config.align_weight, config.align_depth, config.label_dropout) == (0.5, 3, 0.2)
+
+
+def test_defaults_are_the_papers():
+    config = TrainConfig("x")
+    assert (config.batch_size, config.learning_rate, config.adam_weight_decay) == (256, 1e-4, 0)
+    assert (config.align, config.align_weight, config.align_beta, config.align_layers) == ("vae", 1.0, 0.05, 5)
+    assert (config.align_objective, config.align_time_range) == ("smooth_l1", (0.0, 1.0))
+    assert (config.label_dropout, config.ema_decay, config.max_grad_norm) == (0.1, 0.9999, 1.0)
+
+
+@pytest.mark.slow
+def test_compiled_steps_equal_eager_ones(data, tmp_path, plain):
+    folder = run(data, tmp_path, label_dropout=0.5, compile=True)
+    for row, eager in zip(read_log(folder), plain[2], strict=True):
+        for name in ("loss", "velocity", "align_vae", "grad_norm"):
+            assert row[name] == pytest.approx(eager[name], rel=1e-5)
+    assert weights(folder).keys() == plain[0].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
+def test_trackers_get_the_numbers_and_the_grids(tracker, tmp_path):
+    make_store(tmp_path / "store", vae=make_vae(tmp_path / "vae"))
+    flags = settings(
+        tmp_path / "store", tmp_path, report_to=tracker, sampling_steps=2, sampling_count=4, sampling_num_steps=1
+    )
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *flags], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    loss = read_log(tmp_path / "run")[-1]["loss"]
+    if tracker == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        (events,) = {
+            path.parent for path in (tmp_path / "run").rglob("events.out.tfevents.*") if "samples" not in path.name
+        } or {None}
+        log = EventAccumulator(str(events)).Reload()
+        assert log.Scalars("loss")[-1].value == pytest.approx(loss, rel=1e-6)
+        assert log.Tags()["images"]
+    else:
+        (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+        assert file.stat().st_size > 0
+        assert list(file.parent.glob("files/media/images/samples_*.png"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_precisions_train_on_a_gpu(precision, data, tmp_path):
+    rows = read_log(run(data, tmp_path, mixed_precision=precision, max_train_steps=20))
+    assert rows[-1]["loss"] < rows[0]["loss"]
