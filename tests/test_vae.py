@@ -1,0 +1,109 @@
+"""What knows the VAE: scale, moments, decoding, loading."""
+
+import json
+
+import pytest
+import torch
+
+from models.vae import LatentScale, decode_images, encode_moments, load_vae, scale_from_config, vae_digest, vae_factor
+from tests.stores import make_vae
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_vae(tmp_path_factory.mktemp("vae") / "vae")
+
+
+def test_scale_by_channel_and_back():
+    scale = LatentScale((0.5, 2.0), (1.0, -1.0))
+    f = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    z = scale.scale_latent(f)
+    torch.testing.assert_close(z[:, 0], (f[:, 0] - 1) * 0.5)
+    torch.testing.assert_close(z[:, 1], (f[:, 1] + 1) * 2)
+    torch.testing.assert_close(scale.unscale(z), f)
+    assert LatentScale.from_dict(json.loads(json.dumps(scale.to_dict()))) == scale
+    one = LatentScale((0.18215,), (0.0,))
+    torch.testing.assert_close(one.scale_latent(f), f * 0.18215)
+
+
+@pytest.mark.parametrize("scale, shift", [((1.0,), (0.0, 0.0)), ((0.0,), (0.0,)), ((), ()), ((-1.0,), (0.0,))])
+def test_scales_that_mean_nothing_are_refused(scale, shift):
+    with pytest.raises(ValueError, match="positive scales"):
+        LatentScale(scale, shift)
+
+
+def test_moments_are_mean_and_deviation_for_inputs_in_minus_one_to_one(folder):
+    vae = load_vae(str(folder))
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    moments = encode_moments(vae, images)
+    assert moments.shape == (2, 8, 8, 8)
+    assert moments.dtype == torch.float32
+    x = images.double().permute(0, 3, 1, 2) / 255 * 2 - 1
+    double = load_vae(str(folder)).double()
+    mean, log_variance = double.quant_conv(double.encoder(x)).chunk(2, dim=1)
+    torch.testing.assert_close(moments[:, :4].double(), mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moments[:, 4:].double(), (0.5 * log_variance).exp(), rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_undoes_the_scale_and_rounds_by_the_rule(folder):
+    vae, scale = load_vae(str(folder)), LatentScale((0.5,), (0.25,))
+    z = torch.randn(2, 4, 8, 8)
+    images = decode_images(vae, z, scale)
+    assert images.shape == (2, 32, 32, 3)
+    assert images.dtype == torch.uint8
+    x = vae.decode(z / 0.5 + 0.25).sample.permute(0, 2, 3, 1)
+    assert torch.equal(images, torch.floor(torch.clamp(127.5 * x + 128, 0, 255)).to(torch.uint8))
+
+
+def test_loaded_vaes_are_frozen_and_told_apart_by_their_weights(folder, tmp_path):
+    vae = load_vae(str(folder))
+    assert not vae.training
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+    assert vae_factor(vae) == 4
+    digest = vae_digest(vae)
+    assert digest == vae_digest(load_vae(str(folder)))
+    with torch.no_grad():
+        vae.encoder.conv_in.bias[0] += 1e-6
+    assert vae_digest(vae) != digest
+
+
+def test_the_vae_of_a_whole_pipeline_is_found(tmp_path, folder):
+    make_vae(tmp_path / "pipeline" / "vae")
+    assert vae_digest(load_vae(str(tmp_path / "pipeline"))) == vae_digest(load_vae(str(folder)))
+
+
+def test_scale_comes_from_the_config(folder):
+    vae = load_vae(str(folder))
+    assert scale_from_config(vae) == LatentScale((0.9,), (0.0,))
+    vae.register_to_config(shift_factor=0.1)
+    assert scale_from_config(vae) == LatentScale((0.9,), (0.1,))
+    vae.register_to_config(latents_mean=[0.0, 1.0, 2.0, 3.0], latents_std=[1.0, 2.0, 4.0, 8.0])
+    assert scale_from_config(vae) == LatentScale((0.9, 0.45, 0.225, 0.1125), (0.0, 1.0, 2.0, 3.0))
+
+
+def test_what_cannot_be_loaded_names_the_flag(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    for name in ("stabilityai/sd-vae-ft-mse", str(tmp_path / "absent"), str(tmp_path), str(tmp_path / "other")):
+        with pytest.raises(ValueError, match=r"--vae.*local folder") as error:
+            load_vae(name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_full_size_sd_vae_gives_8_x_32_x_32_moments(tmp_path):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=256,
+    )  # fmt: skip
+    assert round(sum(p.numel() for p in vae.parameters()) / 1e6) == 84
+    vae.save_pretrained(tmp_path / "vae")
+    vae = load_vae(str(tmp_path / "vae"))
+    assert vae_factor(vae) == 8
+    moments = encode_moments(vae, torch.randint(0, 256, (1, 256, 256, 3), dtype=torch.uint8))
+    assert moments.shape == (1, 8, 32, 32)
+    assert (moments[:, 4:] > 0).all()
