@@ -430,11 +430,8 @@ def sample(config: SampleConfig, rank: int, processes: int) -> None:
             # Of the last start alone: a run that was stopped had drawn the others before.
             "timing": {"images": drawn, "seconds": seconds, "images_per_second": drawn / seconds},
         }
-        labels = drawer.labels(0, settings["num_samples"])
-        samples.finish(labels, record | provenance.stamp())
-        print(
-            f"{folder / 'samples.npz'}: {settings['num_samples']:,} images, {drawn / seconds:.3g} images/s", flush=True
-        )
+        samples.finish(drawer.labels(0, settings["num_samples"]), record | provenance.stamp())
+        print(f"{folder}: {settings['num_samples']:,} images, {drawn / seconds:.3g} images/s", flush=True)
     samples.close()
 
 

@@ -1,0 +1,503 @@
+"""Sampling from a checkpoint: the same images however divided, stopped or batched; every flag; every refusal."""
+
+import copy
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cli
+import sample_ddp
+import sample_folder
+from checkpoint import load_sit, save_checkpoint
+from interpolant import Interpolant
+from models.sit import SiT, SiTConfig
+from models.vae import LatentScale, decode_images, load_vae, vae_digest
+from sample_ddp import BLOCK, Drawer, draw_labels
+from samplers import guided_velocity, sample_sde
+from seeding import block_generator
+from tests.stores import make_vae
+
+ROOT = Path(__file__).resolve().parent.parent
+K = 5
+
+
+class Stopped(Exception):
+    """In place of a kill."""
+
+
+def make_checkpoint(folder, change=lambda sit: None, num_classes=K):
+    """A run with one checkpoint of a small SiT, none of whose weights is zero, and its VAE."""
+    vae = make_vae(folder / "vae")
+    torch.manual_seed(0)
+    sit = SiT(SiTConfig(2, 32, 2, patch_size=2, latent_size=4, in_channels=4, num_classes=num_classes))
+    with torch.no_grad():
+        for parameter in sit.parameters():
+            parameter.normal_(std=0.15)
+        change(sit)
+    info = {
+        "scale": LatentScale((0.9,), (0.1,)).to_dict(),
+        "vae": str(vae),
+        "vae_digest": vae_digest(load_vae(str(vae))),
+        "resolution": 16,
+        "class_names": [f"class {k}" for k in range(num_classes)],
+        "path_type": "linear",
+    }
+    return save_checkpoint(folder / "run", 7, sit, sit, None, info)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("trained"))
+
+
+def arguments(path, output, **changes):
+    """Flags of a small run; `changes` by field name."""
+    values = {
+        "checkpoint": path, "output_dir": output, "num_samples": 56, "num_steps": 3, "per_proc_batch_size": 16,
+        "guidance_scale": 2.0,
+    }  # fmt: skip
+    flags = []
+    for name, value in (values | changes).items():
+        spelling = "--" + name.replace("_", "-")
+        if value is True:
+            flags.append(spelling)
+        elif isinstance(value, tuple):
+            flags += [spelling, *map(str, value)]
+        elif value is not None:
+            flags.append(f"{spelling}={value}")
+    return flags
+
+
+def draw(checkpoint, output, **changes):
+    """Images and labels of such a run."""
+    sample_ddp.main(arguments(checkpoint, output, **changes))
+    with np.load(output / "samples.npz") as archive:
+        return archive["arr_0"], archive["arr_1"]
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, tmp_path_factory):
+    """An undisturbed run with one process."""
+    output = tmp_path_factory.mktemp("whole") / "samples"
+    draw(checkpoint, output)
+    return output
+
+
+def same_npz(first, second):
+    return (first / "samples.npz").read_bytes() == (second / "samples.npz").read_bytes()
+
+
+def test_the_folder_holds_the_images_their_picture_and_their_record(checkpoint, tmp_path):
+    images, labels = draw(checkpoint, tmp_path / "new", png=True, num_samples=70)
+    assert (images.shape, images.dtype, labels.shape, labels.dtype) == ((70, 16, 16, 3), np.uint8, (70,), np.int64)
+    assert len(np.unique(images.reshape(70, -1), axis=0)) == 70  # no two alike
+    assert images.std() > 20
+    folder = tmp_path / "new"
+    assert {path.name for path in folder.iterdir()} == {"samples.npz", "samples.png", "samples.json", "images"}
+    assert sorted(path.name for path in (folder / "images").iterdir()) == [f"{i:06d}.png" for i in range(70)]
+    for i in (0, 17, 69):
+        assert np.array_equal(np.asarray(Image.open(folder / "images" / f"{i:06d}.png")), images[i])
+    picture = np.asarray(Image.open(folder / "samples.png"))
+    assert picture.shape == (8 * 16, 8 * 16, 3)
+    assert np.array_equal(picture[16:32, 32:48], images[10])  # second row, third column
+
+    record = json.loads((folder / "samples.json").read_text())
+    _, info = load_sit(checkpoint)
+    expected = {
+        "checkpoint_digest": info["digest"], "step": 7, "sampler": "sde", "num_steps": 3, "last_t": 0.04,
+        "guidance_scale": 2.0, "guidance_interval": [0.0, 1.0], "num_samples": 70, "labels": "random", "seed": 0,
+        "batch_size": 16, "block_size": 16, "mixed_precision": "no", "vae_precision": "no", "tf32": False,
+        "vae_digest": info["vae_digest"], "latent_scale": {"scale": [0.9], "shift": [0.1]}, "resolution": 16,
+        "uint8_rule": "floor(clamp(127.5 * x + 128, 0, 255))", "path_type": "linear",
+    }  # fmt: skip
+    assert expected.items() <= record["settings"].items()
+    assert record["checkpoint"] == str(checkpoint)
+    assert record["timing"]["images"] == 70
+    assert {"versions", "git_revision", "machine", "date", "vae", "class_names", "device"} <= record.keys()
+
+
+def test_a_checkpoint_alone_is_enough_and_names_the_folder(checkpoint, monkeypatch):
+    monkeypatch.setattr(sample_ddp, "draw_batches", lambda *_, **__: (_ for _ in ()).throw(Stopped))
+    with pytest.raises(Stopped):
+        sample_ddp.main(["--checkpoint", str(checkpoint)])
+    folder = checkpoint.parent.parent / "samples" / "0000007-sde250-cfg1-seed0-n50000"
+    settings = json.loads((folder / "partial" / "settings.json").read_text())["settings"]
+    assert (settings["num_samples"], settings["num_steps"], settings["last_t"]) == (50_000, 250, 0.04)
+    assert settings["guidance_interval"] is None
+
+
+def test_images_are_those_of_the_solver_with_each_blocks_generator(checkpoint, whole):
+    """Written out for the second block alone."""
+    sit, info = load_sit(checkpoint)
+    labels = draw_labels("random", np.arange(K), 0, 0, 56)
+    generator = block_generator(0, 1, "sample noise")
+    x = torch.randn(BLOCK, 4, 4, 4, generator=generator)
+    velocity = guided_velocity(sit, torch.from_numpy(labels[16:32]), K, 2.0, (0.0, 1.0))
+    noise = [torch.randn(BLOCK, 4, 4, 4, generator=generator) for _ in range(2)]
+    z = sample_sde(velocity, x, 3, lambda step: noise[step], Interpolant("linear"), 0.04)
+    expected = decode_images(load_vae(info["vae"]), z.float(), info["scale"]).numpy()
+    with np.load(whole / "samples.npz") as archive:
+        assert np.array_equal(archive["arr_0"][16:32], expected)
+        assert np.array_equal(archive["arr_1"], labels)
+
+
+def test_fewer_images_are_the_first_of_more(checkpoint, whole, tmp_path):
+    images, labels = draw(checkpoint, tmp_path / "few", num_samples=10)
+    with np.load(whole / "samples.npz") as archive:
+        assert np.array_equal(images, archive["arr_0"][:10])
+        assert np.array_equal(labels, archive["arr_1"][:10])
+
+
+def test_another_batch_size_keeps_every_draw_and_changes_rounding_alone(checkpoint, whole, tmp_path):
+    images, labels = draw(checkpoint, tmp_path / "large", per_proc_batch_size=48)
+    with np.load(whole / "samples.npz") as archive:
+        difference = np.abs(images.astype(int) - archive["arr_0"])
+        assert np.array_equal(labels, archive["arr_1"])
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+
+    shared = {"seed": 3, "latent_shape": [4, 4, 4]}
+    small, large = (
+        Drawer(shared | {"batch_size": size}, None, None, {}, np.arange(K), torch.device("cpu")) for size in (16, 48)
+    )
+    for_large = large.noise(1)
+    for_small = [small.noise(batch) for batch in (3, 4, 5)]
+    for step in range(3):
+        assert torch.equal(for_large(step), torch.cat([noise(step) for noise in for_small]))
+
+
+def test_a_stopped_run_draws_only_what_is_missing(checkpoint, whole, tmp_path, monkeypatch):
+    output, drawn = tmp_path / "stopped", []
+    compute = Drawer.images
+
+    def count(self, batch):
+        drawn.append(batch)
+        if len(drawn) == 3:
+            raise Stopped
+        return compute(self, batch)
+
+    monkeypatch.setattr(Drawer, "images", count)
+    with pytest.raises(Stopped):
+        draw(checkpoint, output)
+    assert [path.name for path in output.iterdir()] == ["partial"]
+    draw(checkpoint, output)
+    assert drawn == [0, 1, 2, 2, 3]
+    assert same_npz(output, whole)
+
+
+@pytest.mark.parametrize("stage", ["write_npz", "write_grid", "_write_json", "remove_partial"])
+def test_a_run_stopped_while_it_is_made_whole_goes_on(checkpoint, whole, tmp_path, monkeypatch, stage):
+    output = tmp_path / "stopped"
+    sample_folder.create(output, settings_of(checkpoint, output))  # its own settings.json is not what is stopped
+    with monkeypatch.context() as broken:
+        broken.setattr(sample_folder, stage, lambda *_: (_ for _ in ()).throw(Stopped))
+        with pytest.raises(Stopped):
+            draw(checkpoint, output, png=True)
+    assert (output / "samples.json").exists() == (stage == "remove_partial")
+    draw(checkpoint, output, png=True)
+    assert same_npz(output, whole)
+    assert {path.name for path in output.iterdir()} == {"samples.npz", "samples.png", "samples.json", "images"}
+    assert len(list((output / "images").iterdir())) == 56
+
+
+def settings_of(checkpoint, output):
+    config = cli.parse(sample_ddp.SampleConfig, arguments(checkpoint, output, png=True))
+    return sample_ddp.describe(config, *load_sit(checkpoint), torch.device("cpu"))
+
+
+def launch(*flags, processes=2):
+    """Start sample_ddp.py under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = command if processes > 1 else [sys.executable]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, str(ROOT / "sample_ddp.py"), *flags], env=environment, **pipes)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_bytes_of_one(checkpoint, whole, tmp_path):
+    run = launch(*arguments(checkpoint, tmp_path / "two"))
+    _, errors = run.communicate(timeout=240)
+    assert run.returncode == 0, errors
+    assert same_npz(tmp_path / "two", whole)
+    assert json.loads((tmp_path / "two" / "samples.json").read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_same_bytes(checkpoint, tmp_path):
+    flags = {"num_samples": 200, "num_steps": 30}
+    draw(checkpoint, tmp_path / "undisturbed", **flags)
+    output = tmp_path / "killed"
+    run = launch(*arguments(checkpoint, output, **flags), processes=1)
+    done = output / "partial" / "done"
+    while run.poll() is None and not (done.is_file() and any(done.read_bytes())):
+        time.sleep(0.005)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert any(done.read_bytes())
+    assert not all(done.read_bytes())
+    draw(checkpoint, output, **flags)
+    assert same_npz(output, tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_them_all(tmp_path):
+    """Only the second process meets a class whose embedding is not a number."""
+    labels = draw_labels("random", np.arange(1000), 0, 0, 32)
+    (bad, *_) = set(labels[16:]) - set(labels[:16])
+
+    def spoil(sit):
+        sit.y_embedder.embedding_table.weight[bad] = torch.nan
+
+    checkpoint = make_checkpoint(tmp_path, spoil, num_classes=1000)
+    run = launch(*arguments(checkpoint, tmp_path / "out", num_samples=32))
+    _, errors = run.communicate(timeout=240)
+    assert run.returncode != 0
+    assert "error [rank 1]: expected finite samples" in errors
+    assert not (tmp_path / "out" / "samples.json").exists()
+
+
+def test_balanced_labels_are_rounds_that_are_shuffled_each_for_itself():
+    classes = np.arange(10, 17)
+    labels = draw_labels("balanced", classes, 0, 0, 70)
+    rounds = labels.reshape(10, 7)
+    assert (np.sort(rounds, axis=1) == classes).all()
+    assert len(np.unique(rounds, axis=0)) == 10
+    assert not np.array_equal(labels, draw_labels("balanced", classes, 1, 0, 70))
+    assert (np.bincount(draw_labels("balanced", np.arange(1000), 0, 0, 50_000)) == 50).all()
+
+
+def test_random_labels_are_fair_draws_of_the_classes():
+    labels = draw_labels("random", np.array([2, 5, 9]), 0, 0, 30_000)
+    assert set(labels) == {2, 5, 9}
+    assert np.abs(np.bincount(labels)[[2, 5, 9]] - 10_000).max() < 400  # five deviations
+    assert not np.array_equal(labels[:100], draw_labels("random", np.array([2, 5, 9]), 1, 0, 100))
+
+
+@pytest.mark.parametrize("rule", ["random", "balanced"])
+def test_a_label_depends_on_seed_and_number_alone(rule):
+    classes = np.arange(7)
+    labels = draw_labels(rule, classes, 4, 0, 200)
+    for first, count in ((0, 1), (16, 16), (5, 40), (48, 152), (199, 1), (0, 7)):
+        assert np.array_equal(draw_labels(rule, classes, 4, first, count), labels[first : first + count])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"sampler": "ode-euler"},
+        {"sampler": "ode-heun"},
+        {"num_steps": 4},
+        {"last_t": 0.1},
+        {"guidance_scale": 1.0},
+        {"guidance_low": 0.9},
+        {"guidance_high": 0.3},
+        {"labels": "balanced"},
+        {"classes": (0, 3)},
+        {"mixed_precision": "bf16"},
+        {"vae_precision": "bf16"},
+    ],
+)
+def test_each_flag_changes_the_images_and_is_recorded(checkpoint, whole, tmp_path, changes):
+    images, labels = draw(checkpoint, tmp_path / "other", num_samples=16, **changes)
+    with np.load(whole / "samples.npz") as archive:
+        assert not np.array_equal(images, archive["arr_0"][:16])
+        if not changes.keys() & {"seed", "labels", "classes"}:
+            assert np.array_equal(labels, archive["arr_1"][:16])
+    settings = json.loads((tmp_path / "other" / "samples.json").read_text())["settings"]
+    if "classes" in changes:
+        assert set(labels) == {0, 3}
+    for name, value in changes.items():
+        recorded = settings["guidance_interval"] if name in ("guidance_low", "guidance_high") else [settings[name]]
+        assert (list(value) if isinstance(value, tuple) else value) in recorded
+
+
+def test_both_ode_solvers_begin_with_the_same_noise_as_the_sde(checkpoint, tmp_path, monkeypatch):
+    starts = {}
+    for sampler, solver in (("sde", "sample_sde"), ("ode-euler", "sample_ode"), ("ode-heun", "sample_ode")):
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                f"samplers.{solver}", lambda velocity, x, *_, s=sampler, **__: starts.setdefault(s, x).double()
+            )
+            draw(checkpoint, tmp_path / sampler, num_samples=16, sampler=sampler)
+    assert torch.equal(starts["sde"], starts["ode-euler"])
+    assert torch.equal(starts["sde"], starts["ode-heun"])
+
+
+def test_the_same_command_on_a_whole_folder_changes_nothing(checkpoint, whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    sample_ddp.main(arguments(checkpoint, whole))
+    assert "is complete" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def refused(capsys, flags):
+    """The line that a user sees."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: sample_ddp.main(list(map(str, flags))))
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_samples_of_other_settings_are_refused_by_name(checkpoint, whole, tmp_path, capsys, monkeypatch):
+    line = refused(capsys, arguments(checkpoint, whole, num_steps=4, labels="balanced"))
+    assert "num_steps 3 -> 4; labels random -> balanced" in line
+    assert "--output-dir" in line
+    monkeypatch.setattr(Drawer, "images", lambda *_: (_ for _ in ()).throw(Stopped))
+    with pytest.raises(Stopped):
+        draw(checkpoint, tmp_path / "unfinished")
+    line = refused(capsys, arguments(checkpoint, tmp_path / "unfinished", seed=1))
+    assert "seed 0 -> 1" in line
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"num_samples": 0}, "--num-samples: expected at least 1, found 0"),
+        ({"num_steps": 0}, "--num-steps: expected at least 1, found 0"),
+        (
+            {"per_proc_batch_size": 24},
+            "--per-proc-batch-size: expected a multiple of 16 (one block of images), found 24",
+        ),
+        ({"per_proc_batch_size": 0}, "--per-proc-batch-size: expected a multiple of 16"),
+        ({"last_t": 0.0}, "--last-t: expected a time in (0, 1), found 0.0"),
+        ({"guidance_scale": "nan"}, "--guidance-scale: expected a finite scale"),
+        ({"guidance_low": -0.5}, "--guidance-low: expected a time in [0, 1], found -0.5"),
+        ({"guidance_low": 0.5, "guidance_high": 0.4}, "--guidance-high: expected a time in [0.5, 1]"),
+        ({"seed": -1}, "--seed: expected at least 0, found -1"),
+        ({"classes": (1, K)}, "--classes: expected different numbers from 0 to 4, found 1 5"),
+        ({"classes": (1, 1)}, "--classes: expected different numbers"),
+        ({"sampler": "ddim"}, "invalid choice: 'ddim'"),
+        ({"checkpoint": "absent"}, "not a checkpoint: absent is not a folder"),
+        ({"checkpoint": "."}, "not a checkpoint"),
+        ({"vae": "absent/folder/vae"}, "--vae: expected a folder with an AutoencoderKL"),
+        ({"guidance_rescale": 1}, "unknown flag --guidance-rescale"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(checkpoint, tmp_path, capsys, monkeypatch, changes, expected):
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused(capsys, arguments(checkpoint, tmp_path / "out", **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_named(checkpoint, tmp_path, capsys):
+    assert "expected a GPU for each process" in refused(capsys, arguments(checkpoint, tmp_path / "out", device="cuda"))
+
+
+def test_another_vae_is_refused(checkpoint, tmp_path, capsys):
+    other = make_vae(tmp_path / "other", seed=1)
+    line = refused(capsys, arguments(checkpoint, tmp_path / "out", vae=other))
+    assert "--vae: expected the VAE of the checkpoint" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_vae_elsewhere_is_taken(checkpoint, whole, tmp_path):
+    moved = make_vae(tmp_path / "moved")
+    draw(checkpoint, tmp_path / "out", vae=moved)
+    assert same_npz(tmp_path / "out", whole)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
+    checkpoint = make_checkpoint(tmp_path)
+    content = bytearray((checkpoint / "ema.safetensors").read_bytes())
+    content[-1] ^= 1
+    (checkpoint / "ema.safetensors").write_bytes(content)
+    assert "damaged checkpoint" in refused(capsys, arguments(checkpoint, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_refused_and_kept(checkpoint, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert "found other files in" in refused(capsys, arguments(checkpoint, tmp_path))
+    assert "found the file" in refused(capsys, arguments(checkpoint, tmp_path / "thesis.txt"))
+    assert "cannot make" in refused(capsys, arguments(checkpoint, tmp_path / "thesis.txt" / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("name", ["images.raw", "done"])
+def test_a_cut_unfinished_folder_is_named(checkpoint, tmp_path, capsys, name):
+    sample_folder.create(tmp_path / "out", settings_of(checkpoint, tmp_path / "out"))
+    os.truncate(tmp_path / "out" / "partial" / name, 3)
+    assert f"{name}, found 3" in refused(capsys, arguments(checkpoint, tmp_path / "out", png=True))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_record_is_named(checkpoint, tmp_path, capsys, content):
+    (tmp_path / "samples.json").write_text(content)
+    assert "expected the settings of samples in" in refused(capsys, arguments(checkpoint, tmp_path))
+
+
+def test_samples_that_are_not_finite_stop_the_run_and_name_the_block(tmp_path, capsys):
+    labels = draw_labels("random", np.arange(1000), 0, 0, 48)
+    (bad, *_) = set(labels[32:]) - set(labels[:32])
+
+    def spoil(sit):
+        sit.y_embedder.embedding_table.weight[bad] = torch.nan
+
+    checkpoint = make_checkpoint(tmp_path, spoil, num_classes=1000)
+    line = refused(capsys, arguments(checkpoint, tmp_path / "out", num_samples=48))
+    first = 32 + list(labels[32:]).index(bad)
+    assert f"in batch 2: the first is image {first} of block 2" in line
+    assert (tmp_path / "out" / "partial" / "done").read_bytes() == b"\1\1\0"
+
+
+def test_a_full_disk_is_named_and_what_was_written_is_kept(checkpoint, whole, tmp_path, capsys, monkeypatch):
+    output, write = tmp_path / "out", os.pwrite
+
+    def fill(descriptor, content, offset):
+        if offset >= 2 * 16 * 16 * 16 * 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, content[:1000], offset)  # short writes are gone on with
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "pwrite", fill)
+        assert "the disk is full" in refused(capsys, arguments(checkpoint, output))
+    assert (output / "partial" / "done").read_bytes() == b"\1\1\0\0"
+    draw(checkpoint, output)
+    assert same_npz(output, whole)
+
+
+def test_too_little_room_is_named_before_anything_is_drawn(checkpoint, tmp_path, capsys, monkeypatch):
+    usage = copy.copy(sample_folder.shutil.disk_usage(tmp_path))._replace(free=1000)
+    monkeypatch.setattr(sample_folder.shutil, "disk_usage", lambda _: usage)
+    assert "GB free for the samples" in refused(capsys, arguments(checkpoint, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_npz_is_what_numpy_would_save(tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (9, 5, 5, 3), np.uint8), rng.integers(0, 3, 9)
+    images.tofile(tmp_path / "raw")
+    sample_folder.write_npz(tmp_path / "a.npz", tmp_path / "raw", images.shape, labels)
+    np.savez(tmp_path / "b.npz", images, labels)
+    entries = []
+    for name in ("a.npz", "b.npz"):
+        with zipfile.ZipFile(tmp_path / name) as archive:
+            assert archive.testzip() is None
+            entries.append({entry.filename: archive.read(entry) for entry in archive.infolist()})
+            assert all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    assert entries[0] == entries[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_same_command_gives_the_same_bytes(checkpoint, tmp_path):
+    for name in ("a", "b"):
+        draw(checkpoint, tmp_path / name)
+    assert same_npz(tmp_path / "a", tmp_path / "b")
+    assert json.loads((tmp_path / "a" / "samples.json").read_text())["settings"]["mixed_precision"] == "bf16"
