@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -356,14 +357,42 @@ def draw_batches(drawer: Drawer, samples: UnfinishedSamples, batches: list[int],
         progress.update(samples.count() - progress.n)
 
 
-def share(value: Any) -> Any:
-    """Process 0's value, on every process."""
+def on_first(compute: Callable[[], Any]) -> Any:
+    """What `compute` gives on process 0, on every process. A ValueError is raised there; the others end quietly."""
     import torch.distributed as dist
 
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
+    if not dist.is_initialized():
+        return compute()
+    message: list = [None, None]  # result, error
+    try:
+        if dist.get_rank() == 0:
+            message[0] = compute()
+    except ValueError as error:
+        message[1] = str(error)
+        raise
+    finally:
+        dist.broadcast_object_list(message)
+    if message[1] is not None:
+        sys.exit(2)
+    return message[0]
+
+
+def wait_for_all() -> None:
+    """Return when every process is here.
+
+    Raises:
+        ValueError: one of them has failed.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    try:
+        dist.barrier()
+    except RuntimeError as error:  # gloo: the connection was closed
+        raise ValueError(
+            "another process failed (see its message); the same command goes on with what is done"
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -385,7 +414,6 @@ def main(argv: list[str] | None = None) -> None:
 def sample(config: SampleConfig, rank: int, processes: int) -> None:
     """Draw what is missing of the samples, as process `rank` of `processes`; process 0 makes the folder whole."""
     import torch
-    import torch.distributed as dist
 
     import provenance
     import sample_folder
@@ -400,7 +428,7 @@ def sample(config: SampleConfig, rank: int, processes: int) -> None:
     classes = choose_classes(config, len(info["class_names"]))
     settings = describe(config, sit, info, device)
     folder = Path(config.output_dir) if config.output_dir else default_folder(info, settings)
-    if share(sample_folder.is_complete(folder, settings) if rank == 0 else None):
+    if on_first(lambda: sample_folder.is_complete(folder, settings)):
         if rank == 0:
             sample_folder.remove_partial(folder)
             print(f"{folder} is complete: {settings['num_samples']:,} images of these settings; nothing to do")
@@ -408,16 +436,15 @@ def sample(config: SampleConfig, rank: int, processes: int) -> None:
     vae_name = config.vae or info["vae"]
     drawer = Drawer(settings, sit.to(device), load_decoder(vae_name, settings, device), info, classes, device)
 
-    if rank == 0:
-        sample_folder.create(folder, settings)
-        print(f"{info['source']} (step {info['step']}) -> {folder}", flush=True)
-    share(None)  # from here on the folder exists
+    on_first(lambda: sample_folder.create(folder, settings))
     samples = sample_folder.UnfinishedSamples(folder, settings)
+    if rank == 0:
+        print(f"{info['source']} (step {info['step']}) -> {folder}", flush=True)
     begin, before = time.perf_counter(), samples.count()
-    missing = share([batch for batch, done in enumerate(samples.done()) if not done] if rank == 0 else None)
+    # Process 0's view of what is missing: another's may already have changed when a slow one looks.
+    missing = on_first(lambda: [batch for batch, done in enumerate(samples.done()) if not done])
     draw_batches(drawer, samples, missing[rank::processes], show_progress=rank == 0)
-    if dist.is_initialized():
-        dist.barrier()
+    wait_for_all()
     if rank == 0:
         seconds, drawn = time.perf_counter() - begin, settings["num_samples"] - before
         record = {

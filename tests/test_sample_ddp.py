@@ -232,6 +232,12 @@ def test_two_processes_give_the_bytes_of_one(checkpoint, whole, tmp_path):
     assert run.returncode == 0, errors
     assert same_npz(tmp_path / "two", whole)
     assert json.loads((tmp_path / "two" / "samples.json").read_text())["processes"] == 2
+    run = launch(*arguments(checkpoint, tmp_path / "two", seed=1))
+    _, errors = run.communicate(timeout=240)
+    assert run.returncode != 0
+    said = [line for line in errors.splitlines() if line.startswith("error")]  # beside what torchrun says itself
+    assert len(said) == 1
+    assert "seed 0 -> 1" in said[0]
 
 
 @pytest.mark.slow
