@@ -330,14 +330,21 @@ def test_each_flag_changes_the_images_and_is_recorded(checkpoint, whole, tmp_pat
         assert (list(value) if isinstance(value, tuple) else value) in recorded
 
 
-def test_both_ode_solvers_begin_with_the_same_noise_as_the_sde(checkpoint, tmp_path, monkeypatch):
-    starts = {}
+def test_each_sampler_is_its_solver_and_all_begin_with_the_same_noise(checkpoint, tmp_path, monkeypatch):
+    starts, options = {}, {}
+
+    def spy(sampler):
+        def solve(velocity, x, *positional, **named):
+            starts[sampler], options[sampler] = x, (positional[0], named)
+            return x.double()
+
+        return solve
+
     for sampler, solver in (("sde", "sample_sde"), ("ode-euler", "sample_ode"), ("ode-heun", "sample_ode")):
         with monkeypatch.context() as patched:
-            patched.setattr(
-                f"samplers.{solver}", lambda velocity, x, *_, s=sampler, **__: starts.setdefault(s, x).double()
-            )
+            patched.setattr(f"samplers.{solver}", spy(sampler))
             draw(checkpoint, tmp_path / sampler, num_samples=16, sampler=sampler)
+    assert options == {"sde": (3, {}), "ode-euler": (3, {"heun": False}), "ode-heun": (3, {"heun": True})}
     assert torch.equal(starts["sde"], starts["ode-euler"])
     assert torch.equal(starts["sde"], starts["ode-heun"])
 
