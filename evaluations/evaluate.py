@@ -49,13 +49,16 @@ class EvaluateConfig:
     )
     features: str = flag(
         "inception",
-        "comma-separated: inception (the ADM suite's), dinov2 (FD-DINOv2), or for offline use vae (needs --vae), random",
+        "comma-separated: inception (the ADM suite's), dinov2 (FD-DINOv2); for offline use vae (needs --vae), random",
         group="what to measure",
     )
     distance: str = flag(
-        "fp16", "for precision and recall: fp16 as the ADM suite, or fp32", choices=("fp16", "fp32"), group="what to measure"
+        "fp16",
+        "for precision and recall: fp16 as the ADM suite, whose sums' order is the hardware's (about 0.002), or fp32",
+        choices=("fp16", "fp32"),
+        group="what to measure",
     )
-    k: int = flag(3, "for precision and recall: the neighbour whose distance is a ball's radius", group="what to measure")
+    k: int = flag(3, "for precision and recall: neighbour whose distance is the radius", group="what to measure")
     split_size: int = flag(5000, "images of a split of the inception score", group="what to measure")
     stored: bool = flag(
         True, "use statistics that an npz holds beside its images (--no-stored: compute them)", group="what to measure"

@@ -57,7 +57,8 @@ class FeatureNetwork:
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor | np.ndarray) -> dict[str, torch.Tensor]:
         """Features by layer, (B, D) float32 on the device, of images (B, H, W, 3) uint8 or floating in 0..255."""
-        images = torch.as_tensor(images)
+        if isinstance(images, np.ndarray):  # torch wants memory that it could write to
+            images = torch.from_numpy(np.require(images, requirements=["C", "W"]))
         if images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"expected images (B, H, W, 3), found {tuple(images.shape)}")
         if images.dtype != torch.uint8:
@@ -176,8 +177,8 @@ def _downloaded_inception() -> Path:
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256, progress=True)
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"expected to download {INCEPTION_URL}, found {error}; fix: fetch that file on another machine and give "
-                "--inception-weights PATH, or choose --features vae or random"
+                f"expected to download {INCEPTION_URL}, found {error}; fix: fetch that file on another machine and "
+                "give --inception-weights PATH, or choose --features vae or random"
             ) from error
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()

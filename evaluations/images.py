@@ -134,7 +134,7 @@ class NpzImages:
 
     def _skip(self, stream: zipfile.ZipExtFile, size: int) -> None:
         while size:
-            read = len(stream.read(min(size, 16 << 20)))
+            read = len(stream.read(min(size, 4 << 20)))
             if not read:
                 raise EOFError("fewer bytes than arr_0's header says")
             size -= read
@@ -148,7 +148,7 @@ class NpzImages:
             try:
                 with self._open("arr_0") as stream:
                     self._header(stream)
-                    shutil.copyfileobj(stream, file, 16 << 20)
+                    shutil.copyfileobj(stream, file, 4 << 20)
                 file.flush()
                 if file.tell() != int(np.prod(self.shape)) * self.dtype.itemsize:
                     raise EOFError("another number of bytes than arr_0's header says")

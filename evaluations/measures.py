@@ -69,9 +69,7 @@ class Settings:
     stored: bool = True
 
 
-def chosen(
-    names: Iterable[str], features: Iterable[str], reference: bool, saving: bool = False
-) -> tuple[str, ...]:
+def chosen(names: Iterable[str], features: Iterable[str], reference: bool, saving: bool = False) -> tuple[str, ...]:
     """The metrics to compute: `names`, or all but KID (without a reference: the inception score) of these networks.
 
     Args:

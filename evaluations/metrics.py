@@ -7,6 +7,7 @@ is another, the docstring says why and by how much. All functions take numpy arr
 from __future__ import annotations
 
 import numpy as np
+import scipy.linalg
 import scipy.special
 
 BLOCK_ROWS, BLOCK_COLUMNS = 1024, 8192  # of a distance matrix held at once: 32 MB
@@ -15,23 +16,22 @@ BLOCK_ROWS, BLOCK_COLUMNS = 1024, 8192  # of a distance matrix held at once: 32 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """Squared 2-Wasserstein distance of two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrtm(S1 S2)).
 
-    With S1 = A A^T and S2 = B B^T, tr sqrtm(S1 S2) is the sum of the square roots of the eigenvalues of the symmetric
-    A^T S2 A, and of the Gram matrix of A^T B. Ways that were compared (`benchmarks/bench_evaluations.py` prints the
-    times and errors on its machine):
+    With S1 = A A^T and S2 = B B^T, tr sqrtm(S1 S2) is the sum of the singular values of A^T B. Ways that were compared
+    (`benchmarks/bench_evaluations.py` prints times and errors on its machine):
 
     - `scipy.linalg.sqrtm(S1 @ S2)`, the original's, and the eigenvalues of `S1 @ S2`: Schur forms of a matrix that is
       not symmetric, many times slower. Where there are fewer images than dimensions, both take roots of eigenvalues
       that are nothing but rounding: 1e-7 of the trace, by chance of either sign.
-    - A by `eigh`: as accurate as any where the ranks are full; the null directions again cost 1e-8 to 1e-7.
-    - Singular values of A^T B: the most accurate, and the slowest symmetric way.
+    - A by `eigh`, then `eigvalsh(A^T S2 A)`: twice the time of what follows, and the same 1e-7.
+    - A and B by `eigh`, then singular values: exact in any rank, ten times slower.
 
-    Chosen: A is S1's Cholesky factor if both matrices have one (two factorisations, then one `eigvalsh`). Otherwise A
-    and B come from the eigenvalues above rounding error, and the Gram matrix is that of the smaller rank: 1e-14 from
-    the singular values of the features themselves. Neither can give anything non-finite, so the original's "add 1e-6 to
-    the diagonals" has no place here.
+    Chosen: A and B are pivoted Cholesky factors, which end at the matrix's rank, and the singular values come from the
+    `eigvalsh` of the smaller Gram matrix of A^T B. In full rank all ways agree to 1e-12. With N < D this one is exact
+    (1e-12 against singular values of the features themselves) and takes a fraction of a second. It cannot give anything
+    that is not finite, so the original's "add 1e-6 to the diagonals" has no place here.
 
-    In full rank all ways agree to 1e-12. With N < D this one is the exact one, and the original's value differs by its
-    own rounding: up to 1e-4 of the distance, when that is a small difference of large traces.
+    The original's value with N < D differs by its own rounding: by up to 1e-4 of a distance that is a small difference
+    of large traces.
 
     Args:
         mu1, mu2: means, (D,).
@@ -51,30 +51,24 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         )
     if not all(np.isfinite(array).all() for array in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("expected finite statistics, found NaN or infinity; fix: look for broken images")
-    return float(
-        np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2.0 * _trace_of_root(sigma1, sigma2)
-    )
+    return float(np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2.0 * _trace_of_root(sigma1, sigma2))
 
 
 def _trace_of_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
     """tr sqrtm(S1 S2) of two positive semidefinite matrices (D, D)."""
-    try:
-        factor = np.linalg.cholesky(sigma1)  # (D, D)
-        np.linalg.cholesky(sigma2)  # only asked whether there is one
-        symmetric = factor.T @ sigma2 @ factor  # (D, D)
-    except np.linalg.LinAlgError:
-        product = _factor(sigma1).T @ _factor(sigma2)  # (rank 1, rank 2)
-        if product.shape[0] > product.shape[1]:
-            product = product.T
-        symmetric = product @ product.T  # (smaller rank, smaller rank)
-    return float(np.sqrt(np.maximum(np.linalg.eigvalsh(symmetric), 0.0)).sum())
+    product = _factor(sigma1).T @ _factor(sigma2)  # (rank 1, rank 2)
+    if product.shape[0] > product.shape[1]:
+        product = product.T
+    return float(np.sqrt(np.maximum(np.linalg.eigvalsh(product @ product.T), 0.0)).sum())
 
 
 def _factor(sigma: np.ndarray) -> np.ndarray:
-    """A (D, rank) with A A^T = sigma (D, D), without the directions that are zero up to rounding."""
-    values, vectors = np.linalg.eigh(sigma)  # (D,), (D, D)
-    kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
-    return vectors[:, kept] * np.sqrt(values[kept])  # (D, rank)
+    """A (D, rank) with A A^T = sigma (D, D): pivoted Cholesky, up to where nothing but rounding is left."""
+    tolerance = max(sigma.diagonal().max(), 0.0) * len(sigma) * np.finfo(np.float64).eps
+    triangle, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma, tol=tolerance, lower=1)
+    factor = np.empty((len(sigma), rank))
+    factor[pivots - 1] = np.tril(triangle)[:, :rank]
+    return factor
 
 
 def inception_score(logits: np.ndarray, split_size: int = 5000) -> float:
@@ -115,13 +109,13 @@ def precision_recall(
     points inside the ball of at least one sample. A point's ball reaches to its k-th nearest neighbour in its own set.
     Squared distances are max(|u|^2 - 2 uv + |v|^2, 0); the border belongs to the ball.
 
-    The original holds everything in float16. Here "fp16" rounds to float16 whatever it stores there: the features, their
-    squares, the norms, the products, the two sums. Products are summed in float32, as on a tensor core; numpy has no
-    fast float16 product. Norms are summed with partial sums in float16, in an order that the original leaves to its
-    hardware. The one here (`_half_sums`) was chosen among some hundred for agreeing with the original's recorded values:
-    seven of eight exactly, one to 0.0025; norms summed in float32 agree to 0.0025 with 900 points and more, and miss by
-    two points of 96 in a small case. So expect about 0.002 between machines. A block of the matrix that overflows
-    float16 is computed again in float32, as there. "fp32" is exact to float32 and repeats everywhere.
+    The original holds everything in float16. Here "fp16" rounds to float16 whatever it stores there: the features,
+    their squares, the norms, the products, the two sums. Products are summed in float32, as on a tensor core; numpy has
+    no fast float16 product. Norms are summed with partial sums in float16, in an order that the original leaves to its
+    hardware. The one here (`_half_sums`) was chosen among some hundred for agreeing with the original's recorded
+    values: seven of eight exactly, one to 0.0025; norms summed in float32 agree to 0.0025 with 900 points and more, and
+    miss by two points of 96 in a small case. So expect about 0.002 between machines. A block of the matrix that
+    overflows float16 is computed again in float32, as there. "fp32" is exact to float32 and repeats everywhere.
 
     Time is one matrix product of R^2 + S^2 + R S rows; memory is both sets in float32, twice, and one block.
 

@@ -14,7 +14,9 @@ from tests.golden import adm_golden
 def gaussian(seed: int, width: int, count: int, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of `count` correlated random points."""
     rng = np.random.default_rng(seed)
-    points = scale * rng.standard_normal((count, width)) @ rng.standard_normal((width, width)) + rng.standard_normal(width)
+    points = scale * rng.standard_normal((count, width)) @ rng.standard_normal((width, width)) + rng.standard_normal(
+        width
+    )
     return points.mean(axis=0), np.cov(points, rowvar=False)
 
 
@@ -116,7 +118,8 @@ def test_precision_and_recall_equal_brute_force_with_ties_and_duplicates(k, dist
     monkeypatch.setattr(metrics, "BLOCK_ROWS", 6)  # several blocks, the last of them narrower than k + 1
     monkeypatch.setattr(metrics, "BLOCK_COLUMNS", 10)
     rng = np.random.default_rng(5)
-    reference, samples = (rng.integers(0, high, (count, 3)).astype(np.float32) for count, high in zip(counts, (4, 7)))
+    reference = rng.integers(0, 4, (counts[0], 3)).astype(np.float32)
+    samples = rng.integers(0, 7, (counts[1], 3)).astype(np.float32)
     assert len(np.unique(reference, axis=0)) < len(reference) or len(reference) < 10
     expected = brute_force(reference, samples, k)
     assert precision_recall(reference, samples, k, distance) == pytest.approx(expected)
