@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from torch import Tensor
 
+    from evaluations.measures import Evaluation
     from models.sit import SiT
     from sample_folder import UnfinishedSamples
 
 BLOCK = 16  # images that share a generator; part of what determines the images
 SAMPLERS = ("sde", "ode-euler", "ode-heun")
+NEIGHBOURS = 3  # of precision and recall, as in the ADM suite
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,19 @@ class SampleConfig:
         "hub name or local folder of the VAE, if not where the checkpoint says; must be the same VAE",
         group="files",
     )
+    npz: bool = flag(True, "write samples.npz", group="files")
     png: bool = flag(False, "also write each image as images/000000.png", group="files")
+
+    evaluate: str | None = flag(
+        None,
+        "measure the samples against this reference as they are drawn, into metrics.json: what --ref of "
+        "evaluations.evaluate takes",
+        group="evaluation",
+    )
+    features: str = flag("inception", "network of --evaluate: inception, dinov2, vae or random", group="evaluation")
+    inception_weights: str | None = flag(
+        None, "weights-inception-2015-12-05-6726825d.pth; by default torch's cache, or a download", group="evaluation"
+    )
 
     num_samples: int = flag(50_000, "images in all", group="what to draw")
     labels: str = flag(
@@ -101,6 +115,12 @@ class SampleConfig:
             f"a time in [{self.guidance_low}, 1], not before --guidance-low",
         )  # fmt: skip
         _check(self, "seed", self.seed >= 0, "at least 0")
+        if self.evaluate and self.num_samples <= NEIGHBOURS:
+            raise ValueError(
+                f"--evaluate: expected more than {NEIGHBOURS} samples, found --num-samples {self.num_samples}"
+            )
+        if not (self.npz or self.png or self.evaluate):
+            raise ValueError("--no-npz: expected --png or --evaluate beside it, found neither: nothing would be kept")
 
 
 def _check(config: SampleConfig, name: str, holds: bool, expected: str) -> None:
@@ -177,6 +197,7 @@ def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch
         "latent_shape": [sit.config.in_channels, sit.config.latent_size, sit.config.latent_size],
         "resolution": info["resolution"],
         "uint8_rule": UINT8_RULE,
+        "npz": config.npz,
         "png": config.png,
     }
 
@@ -336,7 +357,52 @@ def store_batch(samples: UnfinishedSamples, batch: int, wait: Callable[[], list[
     samples.write(batch, images)
 
 
-def draw_batches(drawer: Drawer, samples: UnfinishedSamples, batches: list[int], show_progress: bool) -> None:
+def start_evaluation(config: SampleConfig, vae_name: str, settings: dict[str, Any], device: torch.device) -> Evaluation:
+    """What the samples are shown to as they are drawn. The reference is measured here, before any of them."""
+    from evaluations.features import load_network
+    from evaluations.images import open_images
+    from evaluations.measures import Evaluation, Settings
+
+    open_images(config.evaluate)  # refused before a network is loaded
+    network = load_network(config.features, inception_weights=config.inception_weights, vae=vae_name, device=device)
+    measured = Settings(k=NEIGHBOURS, batch_size=settings["batch_size"])
+    return Evaluation([network], config.evaluate, measured)
+
+
+def describe_metrics(evaluation: Evaluation, figures: dict[str, float], labels: np.ndarray) -> dict[str, Any]:
+    """What metrics.json holds beside the record of sampling."""
+    import dataclasses
+
+    from evaluations.measures import METRICS, warnings_about
+
+    kinds = {METRICS[name][metric][0] for name in evaluation.networks for metric in evaluation.names}
+    reference = evaluation.source
+    neighbours = reference.count if kinds & {"precision", "recall"} else None
+    return {
+        "metrics": figures,
+        "samples": {"count": len(labels), "kind": "drawn"},
+        "reference": {
+            "path": str(reference.path),
+            "count": reference.count,
+            "sha256": reference.digest(),
+            "stored": evaluation.reference_stored,
+        },
+        "features": {name: {"weights_sha256": network.digest} for name, network in evaluation.networks.items()},
+        "settings": dataclasses.asdict(evaluation.settings),
+        "warnings": warnings_about(len(labels), labels, neighbours, "score" in kinds),
+    }
+
+
+def show_to(evaluation: Evaluation, samples: UnfinishedSamples, batch: int, images: Tensor | np.ndarray) -> None:
+    """Add a batch (B, R, R, 3) uint8 to what is measured, but for images that come after the last one."""
+    first = batch * samples.batch_size
+    images = images[: samples.num_samples - first]
+    evaluation.update(images, range(first, first + len(images)))
+
+
+def draw_batches(
+    drawer: Drawer, samples: UnfinishedSamples, batches: list[int], evaluation: Evaluation | None, show_progress: bool
+) -> None:
     """Draw these batches and write them; a thread writes one while the device draws the next."""
     from tqdm import tqdm
 
@@ -347,8 +413,10 @@ def draw_batches(drawer: Drawer, samples: UnfinishedSamples, batches: list[int],
     with progress, ThreadPoolExecutor(1) as writer:
         in_flight: deque = deque()
         for batch in batches:
-            wait = start_copy(*drawer.images(batch))
-            in_flight.append(writer.submit(store_batch, samples, batch, wait))
+            images, finite = drawer.images(batch)
+            in_flight.append(writer.submit(store_batch, samples, batch, start_copy(images, finite)))
+            if evaluation:
+                show_to(evaluation, samples, batch, images)
             if len(in_flight) > 1:
                 in_flight.popleft().result()
             progress.update(samples.count() - progress.n)  # those of the other processes as well
@@ -432,9 +500,12 @@ def sample(config: SampleConfig, rank: int, processes: int) -> None:
         if rank == 0:
             sample_folder.remove_partial(folder)
             print(f"{folder} is complete: {settings['num_samples']:,} images of these settings; nothing to do")
+        if config.evaluate and not (folder / "metrics.json").is_file():
+            raise ValueError(f"{folder} was drawn without --evaluate; run python -m evaluations.evaluate on it")
         return
     vae_name = config.vae or info["vae"]
     drawer = Drawer(settings, sit.to(device), load_decoder(vae_name, settings, device), info, classes, device)
+    evaluation = start_evaluation(config, vae_name, settings, device) if config.evaluate else None
 
     on_first(lambda: sample_folder.create(folder, settings))
     samples = sample_folder.UnfinishedSamples(folder, settings)
@@ -443,8 +514,12 @@ def sample(config: SampleConfig, rank: int, processes: int) -> None:
     begin, before = time.perf_counter(), samples.count()
     # Process 0's view of what is missing: another's may already have changed when a slow one looks.
     missing = on_first(lambda: [batch for batch, done in enumerate(samples.done()) if not done])
-    draw_batches(drawer, samples, missing[rank::processes], show_progress=rank == 0)
+    if evaluation:
+        for batch in sorted(set(range(samples.num_batches)) - set(missing))[rank::processes]:
+            show_to(evaluation, samples, batch, samples.read(batch))
+    draw_batches(drawer, samples, missing[rank::processes], evaluation, show_progress=rank == 0)
     wait_for_all()
+    figures = evaluation.finish() if evaluation else None
     if rank == 0:
         seconds, drawn = time.perf_counter() - begin, settings["num_samples"] - before
         record = {
@@ -456,8 +531,13 @@ def sample(config: SampleConfig, rank: int, processes: int) -> None:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             # Of the last start alone: a run that was stopped had drawn the others before.
             "timing": {"images": drawn, "seconds": seconds, "images_per_second": drawn / seconds},
+            **provenance.stamp(),
         }
-        samples.finish(drawer.labels(0, settings["num_samples"]), record | provenance.stamp())
+        labels = drawer.labels(0, settings["num_samples"])
+        metrics = describe_metrics(evaluation, figures, labels) | {"sampling": record} if figures else None
+        samples.finish(labels, record, metrics)
+        for name, value in (figures or {}).items():
+            print(f"{name:>24}  {value:.6g}")
         print(f"{folder}: {settings['num_samples']:,} images, {drawn / seconds:.3g} images/s", flush=True)
     samples.close()
 

@@ -4,6 +4,7 @@
     <folder>/samples.npz        arr_0 (N, R, R, 3) uint8, arr_1 (N,) int64 labels; stored, not compressed
     <folder>/samples.png        the first 64
     <folder>/images/000000.png  and so on; only if asked for
+    <folder>/metrics.json       what was measured while sampling, if anything
     <folder>/samples.json       everything that determines the images; written last
 
 Batches are written at fixed offsets by any process, in any order, and marked as done once they are on the disk: a
@@ -38,7 +39,8 @@ class UnfinishedSamples:
 
     Args:
         folder: the folder of the samples, prepared by `create`.
-        settings: those given to `create`; of them, `num_samples`, `batch_size`, `resolution` and `png` are read.
+        settings: those given to `create`; of them, `num_samples`, `batch_size`, `resolution`, `png` and `npz`
+            are read.
 
     Raises:
         ValueError: the files are not of the size that the settings ask for.
@@ -51,7 +53,7 @@ class UnfinishedSamples:
         self.shape = (self.num_samples, settings["resolution"], settings["resolution"], 3)
         self.image_bytes = settings["resolution"] ** 2 * 3
         self.num_batches = -(-self.num_samples // self.batch_size)
-        self.png = settings["png"]
+        self.png, self.npz = settings["png"], settings["npz"]
         sizes = {"images.raw": self.num_samples * self.image_bytes, "done": self.num_batches}
         for name, size in sizes.items():
             path = self.partial / name
@@ -73,6 +75,13 @@ class UnfinishedSamples:
         last = self.num_samples - (self.num_batches - 1) * self.batch_size
         done = self.done()
         return int(done.sum()) * self.batch_size - bool(done[-1]) * (self.batch_size - last)
+
+    def read(self, batch: int) -> np.ndarray:  # -> (B, R, R, 3) uint8
+        """A batch that is done; the last one may be shorter."""
+        first = batch * self.batch_size
+        size = min(self.batch_size, self.num_samples - first) * self.image_bytes
+        content = os.pread(self._images, size, first * self.image_bytes)
+        return np.frombuffer(content, np.uint8).reshape(-1, *self.shape[1:])
 
     def write(self, batch: int, images: np.ndarray) -> None:  # (B, R, R, 3) uint8
         """Keep a batch: images that would come after the last one are dropped.
@@ -100,17 +109,22 @@ class UnfinishedSamples:
         if self._encoders:
             self._encoders.shutdown()
 
-    def finish(self, labels: np.ndarray, record: dict[str, Any]) -> None:  # (N,) int64
+    def finish(
+        self, labels: np.ndarray, record: dict[str, Any], metrics: dict[str, Any] | None = None
+    ) -> None:  # (N,) int64
         """Turn the unfinished folder into a whole one. Can be killed and called again like everything else."""
         assert self.done().all()
         assert labels.shape == (self.num_samples,)
         with _full_disk_named(self.folder):
-            write_npz(self.partial / "samples.npz", self.partial / "images.raw", self.shape, labels)
-            os.replace(self.partial / "samples.npz", self.folder / "samples.npz")
+            if self.npz:
+                write_npz(self.partial / "samples.npz", self.partial / "images.raw", self.shape, labels)
+                os.replace(self.partial / "samples.npz", self.folder / "samples.npz")
             write_grid(self.partial / "samples.png", self.partial / "images.raw", self.shape)
             os.replace(self.partial / "samples.png", self.folder / "samples.png")
             if (self.partial / "images").is_dir():
                 os.replace(self.partial / "images", self.folder / "images")
+            if metrics is not None:
+                _write_json(self.folder / "metrics.json", metrics)
             _write_json(self.folder / "samples.json", {"format": FORMAT, "version": VERSION, **record})
         remove_partial(self.folder)
 
@@ -237,11 +251,12 @@ def create(folder: str | Path, settings: dict[str, Any]) -> None:
     if (partial / "settings.json").is_file():
         return
     size = settings["num_samples"] * settings["resolution"] ** 2 * 3
+    needed = size * (2 if settings["npz"] else 1)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if free < 2 * size:
+    if free < needed:
         raise ValueError(
-            f"expected {2 * size / 1e9:.3g} GB free for the samples in {folder}, found {free / 1e9:.3g}; "
+            f"expected {needed / 1e9:.3g} GB free for the samples in {folder}, found {free / 1e9:.3g}; "
             f"make room, or choose another --output-dir"
         )
     try:

@@ -39,7 +39,7 @@ def resident() -> int:
 
 
 def write_ours(folder: Path, labels: np.ndarray) -> None:
-    settings = {"num_samples": COUNT, "batch_size": BATCH, "resolution": SIDE, "png": False}
+    settings = {"num_samples": COUNT, "batch_size": BATCH, "resolution": SIDE, "png": False, "npz": True}
     create(folder, settings)
     samples = UnfinishedSamples(folder, settings)
     for batch, images in enumerate(batches()):

@@ -226,12 +226,16 @@ def launch(*flags, processes=2):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_bytes_of_one(checkpoint, whole, tmp_path):
-    run = launch(*arguments(checkpoint, tmp_path / "two"))
+def test_two_processes_give_the_bytes_and_metrics_of_one(checkpoint, whole, reference, tmp_path):
+    measured = {"evaluate": reference, "features": "vae"}
+    draw(checkpoint, tmp_path / "one", **measured)
+    run = launch(*arguments(checkpoint, tmp_path / "two", **measured))
     _, errors = run.communicate(timeout=240)
     assert run.returncode == 0, errors
     assert same_npz(tmp_path / "two", whole)
     assert json.loads((tmp_path / "two" / "samples.json").read_text())["processes"] == 2
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["metrics"] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-6)
     run = launch(*arguments(checkpoint, tmp_path / "two", seed=1))
     _, errors = run.communicate(timeout=240)
     assert run.returncode != 0
@@ -505,6 +509,61 @@ def test_the_npz_is_what_numpy_would_save(tmp_path):
             entries.append({entry.filename: archive.read(entry) for entry in archive.infolist()})
             assert all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
     assert entries[0] == entries[1]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reference") / "reference.npz"
+    np.savez(path, np.random.default_rng(1).integers(0, 256, (80, 16, 16, 3), np.uint8))
+    return path
+
+
+def test_measuring_while_drawing_gives_the_metrics_of_the_npz(checkpoint, whole, reference, tmp_path, monkeypatch):
+    """Also after a stop, when some batches were drawn by an earlier start; and without any npz."""
+    from evaluations import evaluate
+
+    vae = load_sit(checkpoint)[1]["vae"]
+    sides = ["--samples", str(whole / "samples.npz"), "--ref", str(reference), "--output", str(tmp_path / "after.json")]
+    evaluate.main([*sides, "--features", "vae", "--vae", vae])
+    expected = json.loads((tmp_path / "after.json").read_text())
+
+    output, drawn, compute = tmp_path / "out", [], Drawer.images
+    flags = [*arguments(checkpoint, output, evaluate=reference, features="vae"), "--no-npz"]
+
+    def stop_at_third(self, batch):
+        drawn.append(batch)
+        if len(drawn) == 3:
+            raise Stopped
+        return compute(self, batch)
+
+    monkeypatch.setattr(Drawer, "images", stop_at_third)
+    with pytest.raises(Stopped):
+        sample_ddp.main(flags)
+    sample_ddp.main(flags)
+    assert drawn == [0, 1, 2, 2, 3]
+    assert {path.name for path in output.iterdir()} == {"samples.png", "samples.json", "metrics.json"}
+    found = json.loads((output / "metrics.json").read_text())
+    assert found["metrics"].keys() == expected["metrics"].keys() >= {"vae-frechet", "vae-precision", "vae-recall"}
+    for name, value in expected["metrics"].items():
+        assert found["metrics"][name] == pytest.approx(value, rel=1e-6), name
+    assert found["samples"]["count"] == 56
+    assert found["features"] == expected["features"]
+    assert found["reference"]["sha256"] == expected["reference"]["sha256"]
+    assert found["sampling"]["settings"]["num_steps"] == 3
+    assert found["warnings"] == expected["warnings"]
+
+
+def test_bad_flags_of_evaluation_are_named_before_anything_is_drawn(checkpoint, whole, reference, tmp_path, capsys):
+    output = tmp_path / "out"
+    line = refused(capsys, arguments(checkpoint, output, evaluate=tmp_path / "absent.npz", features="vae"))
+    assert "absent.npz" in line
+    assert "features" in refused(capsys, arguments(checkpoint, output, evaluate=reference, features="vgg"))
+    line = refused(capsys, arguments(checkpoint, output, evaluate=reference, features="vae", num_samples=3))
+    assert "--evaluate: expected more than 3 samples" in line
+    assert "nothing would be kept" in refused(capsys, [*arguments(checkpoint, output), "--no-npz"])
+    assert not output.exists()
+    line = refused(capsys, arguments(checkpoint, whole, evaluate=reference, features="vae"))
+    assert "run python -m evaluations.evaluate" in line
 
 
 @pytest.mark.gpu
