@@ -554,6 +554,10 @@ class FeatureStatistics:
             if rank == 0:
                 self._positions.append(positions)
                 self.count += count
+        if rank:  # all of it is process 0's now: a second call brings nothing twice
+            self.count, self._positions = 0, []
+            self._moments = dict.fromkeys(self._moments)
+            self._kept = {layer: [] for layer in self._kept}
         dist.barrier(group=group)
         dist.destroy_process_group(group)
 

@@ -195,7 +195,7 @@ def test_without_network_the_way_out_is_named(monkeypatch, tmp_path):
 
 
 def test_published_values_with_the_true_weights_and_files():
-    """ADM-G-U at 256: ADM_FILES names a folder with the weights, the reference and the samples, under their own names."""
+    """ADM-G-U at 256: ADM_FILES names a folder with the weights, the reference and the samples, by their own names."""
     folder = os.environ.get("ADM_FILES")
     if not folder:
         pytest.skip("the true weights and ADM's files are not at hand: set ADM_FILES to their folder")
@@ -271,7 +271,7 @@ def test_dinov2_features(pictures, tmp_path):
     with torch.no_grad():
         expected = small(torch.from_numpy(x).permute(0, 3, 1, 2).float())
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))  # PIL: one grey level
-    (tmp_path / "weights.pth").write_bytes(pickle.dumps(RunsCode(str(tmp_path / "trap"))))
+    (tmp_path / "weights.pth").write_bytes(pickle.dumps(RunsCode(str(tmp_path / "trap")), protocol=2))
     with pytest.raises(ValueError, match="--dinov2-weights"):
         features.load_dinov2(str(tmp_path / "weights.pth"), model=model)
     assert not (tmp_path / "trap").exists()
