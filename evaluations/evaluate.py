@@ -100,6 +100,9 @@ def main(argv: list[str] | None = None) -> None:
         open_images(config.ref)  # refused before a network is loaded
     if source.kind != "statistics" and "arr_0" in source.members and source.count <= config.k:
         raise ValueError(f"expected at least k + 1 = {config.k + 1} samples, found {source.count} in {config.samples}")
+    output = Path(config.output) if config.output else default_output(source.path)
+    for path, flag_name in ((output, "output"), (config.save_stats and Path(config.save_stats), "save-stats")):
+        check_writable(path, flag_name)
     settings = Settings(names, config.distance, config.k, config.split_size, config.batch_size, config.stored)
     device = join_processes(config.device)
 
@@ -115,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         if config.save_stats:
             save_statistics(config.save_stats, evaluation.samples[features[0]])
         record = describe(config, evaluation, source, stored, figures) | {"seconds": time.perf_counter() - begin}
-        report(record, Path(config.output) if config.output else default_output(source.path))
+        report(record, output)
     leave_processes()
 
 
@@ -217,7 +220,20 @@ def recorded_labels(path: Path) -> Any:
     return np.asarray(labels) if isinstance(labels, list) and labels else None
 
 
+def check_writable(path: Path | None, flag_name: str) -> None:
+    """Refuse a destination before the slow work and not after it; makes its folder."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"expected a folder for --{flag_name} {path}, found {error.strerror}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"expected to write {path}, found that it cannot be; fix: --{flag_name} ELSEWHERE")
+
+
 def default_output(path: Path) -> Path:
+    """`metrics.json` in the samples' folder."""
     return (path if path.is_dir() else path.parent) / "metrics.json"
 
 
@@ -246,7 +262,6 @@ def report(record: dict[str, Any], path: Path) -> None:
     print()
     for warning in record["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(partial, path)

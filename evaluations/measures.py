@@ -138,6 +138,13 @@ class Evaluation:
         self.names = chosen(settings.metrics, self.networks, reference is not None, saving)
         self.samples = self._empty(every=saving)
         self.source = open_images(reference) if reference else None
+        kinds = {METRICS[network][name][0] for network in self.networks for name in self._of(network)}
+        count = self.source.count if self.source else 0
+        if 0 < count <= settings.k and kinds & {"precision", "recall"}:
+            raise ValueError(
+                f"expected at least k + 1 = {settings.k + 1} reference images, found {count} in {reference}; fix: "
+                "choose other metrics"
+            )
         self.references = self._empty(of_reference=True) if reference else {}
         self.reference_stored = self.measure(self.references, self.source, "reference") if reference else []
 
@@ -226,12 +233,12 @@ class Evaluation:
         if _process()[0]:
             return None
         figures = {}
-        for name, network in self.networks.items():
-            figures |= compute_metrics(self.samples[name], self.references.get(name), self._of(network), self.settings)
+        for name in self.networks:
+            figures |= compute_metrics(self.samples[name], self.references.get(name), self._of(name), self.settings)
         return {name: figures[name] for name in self.names}
 
-    def _of(self, network) -> tuple[str, ...]:
-        return tuple(name for name in self.names if name in METRICS[network.name])
+    def _of(self, network: str) -> tuple[str, ...]:
+        return tuple(name for name in self.names if name in METRICS[network])
 
 
 def compute_metrics(samples, reference, names: Iterable[str], settings: Settings) -> dict[str, float]:

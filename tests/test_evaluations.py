@@ -489,6 +489,8 @@ def test_mistakes_are_one_line_and_code_2(run, files, small):
         ((samples, "--features", "vae,random", "--save-stats", files / "x"), "expected one of --features"),
         ((samples, "--batch-size", 0), "--batch-size of at least 1"),
         ((samples, "--device", "tpu"), "--device"),
+        ((samples, "--output", files), "expected to write"),
+        ((samples, "--output", samples / "metrics.json"), "expected a folder for --output"),
         ((samples, "--ref", files / "none.npz"), "found nothing"),
         ((files / "few.npz", "--ref", reference), "at least k + 1 = 4 samples, found 3"),
         ((samples, "--ref", files / "few.npz"), "at least k + 1 = 4 reference"),
