@@ -316,11 +316,13 @@ def load_dinov2(
 
     fix = "fix: --dinov2-weights PATH, with a .safetensors or .pth file of " + model
     if path is None:
-        import httpx
-
+        try:
+            from httpx import HTTPError  # what the hub's client raises, where it is built on httpx
+        except ImportError:
+            HTTPError = OSError
         try:
             native = timm.create_model(model, pretrained=True, num_classes=0)
-        except (OSError, RuntimeError, httpx.HTTPError) as error:
+        except (OSError, RuntimeError, HTTPError) as error:
             raise ValueError(f"expected to download {model}, found {_first_line(error)}; {fix}") from error
     else:
         native = timm.create_model(model, num_classes=0)
