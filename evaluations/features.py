@@ -445,19 +445,32 @@ def _first_line(error: BaseException) -> str:
 class _Moments:
     """Mean (D,) and scatter (D, D), the sum of outer products about the mean, in float64, updated as batches come.
 
-    Pairwise updates (Chan, Golub, LeVeque, 1983): no difference of large sums, whatever the mean.
+    Pairwise updates (Chan, Golub, LeVeque, 1983): no difference of large sums, whatever the mean. Batches wait until
+    `ROWS` are there, since an update reads and writes all of the scatter; `flush` before reading.
     """
+
+    ROWS = 512
 
     def __init__(self, width: int, device: torch.device):
         self.count = 0
+        self.waiting: list[torch.Tensor] = []
         self.mean = torch.zeros(width, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def update(self, features: torch.Tensor) -> None:
         """Add features (B, D)."""
-        features = features.double()
+        self.waiting.append(features)
+        if sum(map(len, self.waiting)) >= self.ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Take in what waits."""
+        if not self.waiting:
+            return
+        features = torch.cat(self.waiting).double()  # (n, D)
+        self.waiting = []
         mean = features.mean(dim=0)  # (D,)
-        centred = features - mean  # (B, D)
+        centred = features - mean  # (n, D)
         self.scatter.addmm_(centred.T, centred)
         self._move(len(features), mean)
 
@@ -541,6 +554,7 @@ class FeatureStatistics:
             for layer, own in list(self._moments.items()):
                 width = int(pass_on(torch.tensor([own.mean.numel() if own else 0]), sender))
                 other = own if rank else _Moments(width, torch.device("cpu"))
+                other.flush()
                 mean, scatter = pass_on(other.mean.cpu(), sender), pass_on(other.scatter.cpu(), sender)
                 if rank == 0:
                     self._moments[layer] = own = own or _Moments(width, self.network.device)
@@ -563,11 +577,14 @@ class FeatureStatistics:
         dist.barrier(group=group)
         dist.destroy_process_group(group)
 
+    @torch.inference_mode()
     def moments(self, layer: str) -> tuple[np.ndarray, np.ndarray]:
         """Mean (D,) and covariance (D, D), ddof 1, float64."""
         if layer in self._stored_moments:
             return self._stored_moments[layer]
         moments = self._moments[layer]
+        if moments is not None:
+            moments.flush()
         if moments is None or moments.count < 2:
             raise ValueError(f"expected at least 2 images for a covariance, found {self.count}; fix: give more images")
         return moments.mean.cpu().numpy(), (moments.scatter / (moments.count - 1)).cpu().numpy()
