@@ -344,7 +344,7 @@ class LatentDataset(torch.utils.data.Dataset):
             raise ValueError(
                 f"damaged store: expected {dtype} {shape} in {path}, found {array.dtype} {array.shape}; dump it again"
             )
-        return array
+        return np.asarray(array)  # still the map, without the overhead that np.memmap adds to each access
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -370,13 +370,16 @@ class LatentDataset(torch.utils.data.Dataset):
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
     def _gather(self, shards: list[np.ndarray], indices: np.ndarray) -> np.ndarray:  # (B,) -> (B, ...)
-        """Rows of a concatenation of shards: one copy a shard that is touched, no Python per row."""
+        """Rows of a concatenation of shards, each copied once, to its place.
+
+        A loop, since a row is 32 KB: grouping rows by shard for numpy's own gather costs a second copy (measured: 1.4
+        times slower).
+        """
         rows = np.empty((len(indices), *shards[0].shape[1:]), shards[0].dtype)
         shard_of = np.searchsorted(self._starts, indices, side="right") - 1
-        order = np.argsort(shard_of, kind="stable")
-        touched, begins = np.unique(shard_of[order], return_index=True)
-        for shard, places in zip(touched.tolist(), np.split(order, begins[1:]), strict=True):
-            rows[places] = shards[shard][indices[places] - self._starts[shard]]
+        places = (indices - self._starts[shard_of]).tolist()
+        for row, shard, place in zip(rows, shard_of.tolist(), places, strict=True):
+            row[...] = shards[shard][place]
         return rows
 
     def __getstate__(self) -> dict:

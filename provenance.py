@@ -9,7 +9,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-_PACKAGES = ("torch", "torchvision", "timm", "diffusers", "accelerate", "numpy", "scipy")
+_PACKAGES = ("torch", "torchvision", "timm", "diffusers", "accelerate", "numpy", "scipy", "pillow")
 
 
 def versions() -> dict[str, str]:

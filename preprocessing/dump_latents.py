@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import cli
+import provenance
 from cli import REQUIRED, flag
 from dataset import LatentDataset, LatentStoreWriter, ShardWriter, read_meta, shard_size
 from models.vae import (
@@ -268,7 +269,8 @@ def main(argv: list[str] | None = None) -> None:
     meta = {
         "vae": config.vae, "vae_digest": digest, **scale.to_dict(),
         "scale_source": {"auto": "measured", "config": "config"}[config.scale],
-        "resolution": config.resolution, "crop": "adm-center", "class_names": source.class_names, "settings": settings,
+        "resolution": config.resolution, "crop": "adm-center", "class_names": source.class_names,
+        "settings": settings, "versions": provenance.versions(),
     }  # fmt: skip
     meta = writer.finish(len(shards), meta)
     deviation = moments_of_scaled(sums, scale)

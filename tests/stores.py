@@ -39,7 +39,7 @@ def make_store(
     shape = (2 * channels, size, size)
     kinds = ("moments", "flips") if flips else ("moments",)
     settings = {"seed": seed, "count": count}
-    writer = LatentStoreWriter(folder, settings, {kind: shape for kind in kinds}, dtype)
+    writer = LatentStoreWriter(folder, settings, dict.fromkeys(kinds, shape), dtype)
     numbers = {kind: rng.standard_normal((count, *shape)).astype(dtype) for kind in kinds}
     for values in numbers.values():
         values[:, channels:] = 0.1 * np.abs(values[:, channels:])

@@ -101,8 +101,8 @@ def spied(data, folder, processes, accumulation):
             sys.executable,
             "-m",
             "torch.distributed.run",
+            "--standalone",
             f"--nproc_per_node={processes}",
-            "--master_port=0",
         ]
     environment = os.environ | {"SPY_DIR": str(folder), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -257,7 +257,7 @@ def test_grids_show_the_average_from_the_same_noise_each_time(tmp_path):
 def test_a_vae_that_did_not_make_the_store_is_refused(tmp_path):
     make_store(tmp_path / "store", vae=make_vae(tmp_path / "vae"))
     other = make_vae(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match="is not the VAE that made"):
+    with pytest.raises(ValueError, match=r"is not the VAE that made"):
         run(tmp_path / "store", tmp_path, sampling_steps=1, vae=other)
 
 
@@ -304,7 +304,7 @@ def test_fp16_without_a_gpu_is_refused(data, tmp_path):
 
 def test_flips_need_a_store_that_has_them(tmp_path):
     make_store(tmp_path / "store")
-    with pytest.raises(ValueError, match="--random-flip.*--flip"):
+    with pytest.raises(ValueError, match=r"--random-flip.*--flip"):
         run(tmp_path / "store", tmp_path, random_flip=True)
 
 
@@ -312,10 +312,10 @@ def test_a_run_goes_on_only_with_its_own_settings_and_data(data, tmp_path):
     run(data, tmp_path)
     with pytest.raises(ValueError, match=r"--learning-rate 0\.001 -> 0\.1.*--exp-name"):
         run(data, tmp_path, learning_rate=0.1, max_train_steps=3)
-    with pytest.raises(ValueError, match="--no-resume.*holds a run"):
+    with pytest.raises(ValueError, match=r"--no-resume.*holds a run"):
         run(data, tmp_path, resume=False)
     make_store(tmp_path / "other", seed=9, flips=True)
-    with pytest.raises(ValueError, match="is not the store that"):
+    with pytest.raises(ValueError, match=r"is not the store that"):
         run(tmp_path / "other", tmp_path, max_train_steps=3)
 
 
