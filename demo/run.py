@@ -66,6 +66,7 @@ def commands(config: DemoConfig, cores: int, gpus: int) -> dict[str, str]:
         f" --num-samples {config.num_samples} --labels balanced --sampler ode-euler --num-steps 30"
         f" --guidance-scale 2 --per-proc-batch-size 128 --mixed-precision no"
     )
+    evaluate = f"python -m evaluations.evaluate --ref {out}/latents --features vae --vae demo/vae --distance fp32"
     steps = config.max_train_steps
     return {
         "digits": f"python -m demo.make_digits --output-dir {out}/digits",
@@ -76,6 +77,8 @@ def commands(config: DemoConfig, cores: int, gpus: int) -> dict[str, str]:
         f" --checkpoint {out}/run/checkpoints/0000001",
         "training": f"{train} --max-train-steps {steps}",
         "samples": f"{sample} --output-dir {out}/samples --checkpoint {out}/run/checkpoints/{steps:07d}",
+        "measures before training": f"{evaluate} {out}/samples-before/samples.npz --output {out}/metrics-before.json",
+        "measures": f"{evaluate} {out}/samples/samples.npz --output {out}/metrics.json",
     }
 
 
@@ -93,6 +96,8 @@ def run_stage(name: str, command: str, folder: Path) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # Threads that wait for each other by spinning are ten times slower on cores that other programs use, too.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PATH": path}
+    if command.startswith("torchrun"):
+        environment.setdefault("OMP_NUM_THREADS", "1")  # what torchrun sets, too, with a warning
     try:
         code = subprocess.run(shlex.split(command), cwd=ROOT, env=environment).returncode
     finally:
@@ -201,6 +206,7 @@ def summarise(
     labels: np.ndarray,
     classifier: dict[str, float],
     distances: dict[str, float],
+    measures: dict[str, dict[str, float]],
     rows: list[dict[str, float]],
     seconds: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
@@ -209,7 +215,8 @@ def summarise(
     Args:
         recognised: (N,) bool, for each sample whether the classifier sees the digit asked for; `before`: the same for
             the samples drawn before training. labels: (N,) the digits asked for.
-        classifier: the classifier's own accuracies. distances: as `median_distances` gives them.
+        classifier: the classifier's own accuracies. distances: as `median_distances` gives them. measures: "before" and
+            "after" training, those of evaluations.evaluate on the VAE's features.
         rows: the training log, at least one row.
         seconds: by stage, as `run_stage` keeps them.
     """
@@ -220,6 +227,7 @@ def summarise(
         "samples": len(recognised),
         "classifier": classifier,
         "nearest_digit": distances,
+        "measures": measures,
         "losses": {
             name: {"first": rows[0][name], "last": rows[-1][name], "steps": [rows[0]["step"], rows[-1]["step"]]}
             for name in rows[0]
@@ -256,9 +264,12 @@ def main(argv: list[str] | None = None) -> None:
     seconds = read_seconds(folder)
     seconds.setdefault("judgement", {"seconds": time.perf_counter() - begin, "finished": True})
     write_json(folder / "seconds.json", seconds)
-    summary = summarise(
-        recognised, before, labels, accuracy, median_distances(images), read_log(folder / "run"), seconds
-    )
+    measures = {
+        name: json.loads((folder / file).read_text())["metrics"]
+        for name, file in (("before", "metrics-before.json"), ("after", "metrics.json"))
+    }
+    rows, distances = read_log(folder / "run"), median_distances(images)
+    summary = summarise(recognised, before, labels, accuracy, distances, measures, rows, seconds)
     write_json(folder / "summary.json", summary | {"commands": stages, **provenance.stamp()})
     report(summary, config.output_dir)
 
@@ -266,6 +277,8 @@ def main(argv: list[str] | None = None) -> None:
 def report(summary: dict[str, Any], output_dir: str) -> None:
     """The result in a few lines."""
     losses = ", ".join(f"{name} {loss['first']:.3f} -> {loss['last']:.3f}" for name, loss in summary["losses"].items())
+    before, after = summary["measures"]["before"], summary["measures"]["after"]
+    measures = ", ".join(f"{name} {before[name]:.3g} -> {after[name]:.3g}" for name in after)
     classifier, seconds = summary["classifier"], summary["seconds"]
     print(
         f"\n=== result\n"
@@ -274,6 +287,7 @@ def report(summary: dict[str, Any], output_dir: str) -> None:
         f"{classifier['accuracy']:.1%} of {classifier['held_out_digits']} real digits it was not fitted to, and on "
         f"{classifier['accuracy_reconstructed']:.1%} of them after the VAE\n"
         f"losses   {losses}\n"
+        f"measures {measures}\n"
         f"seconds  {', '.join(f'{name} {value:g}' for name, value in seconds.items())}\n"
         f"see      {output_dir}/samples.png, {output_dir}/summary.json"
     )

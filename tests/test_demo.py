@@ -151,7 +151,7 @@ def test_summary_states_shares_losses_and_seconds():
         {"step": 40, "loss": 0.9, "velocity": 0.5, "align_vae": 0.4, "images_per_second": 5.0},
     ]
     seconds = {"digits": {"seconds": 1.26, "finished": True}, "training": {"seconds": 60.0, "finished": True}}
-    summary = run.summarise(recognised, labels == 0, labels, {"accuracy": 0.99}, {}, rows, seconds)
+    summary = run.summarise(recognised, labels == 0, labels, {"accuracy": 0.99}, {}, {}, rows, seconds)
     assert summary["recognised"] == pytest.approx(0.9)
     assert summary["recognised_before_training"] == pytest.approx(0.1)
     assert summary["recognised_by_digit"]["7"] == 0
@@ -208,6 +208,7 @@ def test_whole_way_shortened_and_run_again(tmp_path):
     assert 0 <= summary["recognised"] <= 1
     assert summary["losses"]["velocity"]["steps"] == [1, 3]
     assert summary["classifier"]["accuracy_reconstructed"] >= 0.98
+    assert set(summary["measures"]["before"]) == set(summary["measures"]["after"]) >= {"vae-frechet"}
     assert all(f"$ {shown}" in done.stdout for shown in summary["commands"].values())
     assert Image.open(tmp_path / "samples.png").size == (10 * 70 + 6, 20 + 10 * 70 + 6)
     made = {path: path.read_bytes() for path in (tmp_path / "samples").iterdir() if path.is_file()}
