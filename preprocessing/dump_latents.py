@@ -276,7 +276,8 @@ def main(argv: list[str] | None = None) -> None:
     deviation = moments_of_scaled(sums, scale)
     print(
         f"{config.output_dir}: {meta['count']:,} images of {meta['num_classes']} classes, "
-        f"{len(meta['skipped'])} skipped; latents {tuple(meta['latent_shape'])}, scaled to a deviation of {deviation:.4f}"
+        f"{len(meta['skipped'])} skipped; latents {tuple(meta['latent_shape'])}, "
+        f"scaled to a deviation of {deviation:.4f}"
     )
     if not 0.5 < deviation < 2:
         print("warning: expected a deviation near 1; dump them again with --scale auto", file=sys.stderr)
