@@ -152,15 +152,15 @@ def _yaml_to_flags(parser: _Parser, path: str, fields: dict[str, dataclasses.Fie
     if not isinstance(content, dict):
         parser.error(f"expected lines of `key: value`, found a {type(content).__name__}")
     names = {spelling.lstrip("-"): name for name, field in fields.items() for spelling in _spellings(field)}
-    names |= {name: name for name in fields}
     flags = []
     for key, value in content.items():
-        if str(key) not in names:
+        name = names.get(str(key).replace("_", "-"))
+        if name is None:
             parser.error(_unknown("key", str(key), names))
-        spelling = _spellings(fields[names[str(key)]])[0]
+        spelling = _spellings(fields[name])[0]
         if value is None:
             continue  # `key:` with nothing behind it keeps the default
-        if _is_bool(hints[names[str(key)]]):
+        if _is_bool(hints[name]):
             if not isinstance(value, bool):
                 parser.error(f"{key}: expected true or false, found {value!r}")
             flags.append(spelling if value else "--no-" + spelling[2:])

@@ -66,6 +66,19 @@ def scale_from_config(vae: AutoencoderKL) -> LatentScale:
     return LatentScale((config.scaling_factor,), (config.get("shift_factor") or 0.0,))
 
 
+def _hub_answers() -> bool:
+    """Whether the hub can be reached: asked once, since its client repeats a vain attempt for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # requests' or httpx's own errors, by the client's version
+        return False
+    return True
+
+
 def load_vae(
     name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> AutoencoderKL:
@@ -78,8 +91,11 @@ def load_vae(
 
     folder = Path(name_or_path)
     subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
+    cached_only = folder.exists() or not _hub_answers()
     try:
-        vae = AutoencoderKL.from_pretrained(str(name_or_path), subfolder=subfolder, torch_dtype=dtype)
+        vae = AutoencoderKL.from_pretrained(
+            str(name_or_path), subfolder=subfolder, torch_dtype=dtype, local_files_only=cached_only
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

@@ -261,10 +261,24 @@ def test_a_vae_that_did_not_make_the_store_is_refused(tmp_path):
         run(tmp_path / "store", tmp_path, sampling_steps=1, vae=other)
 
 
-def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):
-    with pytest.raises(ValueError, match=r"not at step 3; the last good checkpoint is .*0000002; fix"):
-        run(data, tmp_path, max_train_steps=9, learning_rate=1e30, checkpointing_steps=2, log_every=50)
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
+    compute, calls = train.training_loss, []
+
+    def infinite_at_step_3(*arguments):
+        calls.append(1)
+        losses = compute(*arguments)
+        return losses | {"total": losses["total"] * (float("inf") if len(calls) == 3 else 1)}
+
+    monkeypatch.setattr(train, "training_loss", infinite_at_step_3)
+    with pytest.raises(ValueError, match=r"not at step 3; the last good checkpoint is .*0000002; fix") as error:
+        run(data, tmp_path, max_train_steps=9, checkpointing_steps=2, log_every=50)
+    assert "\n" not in str(error.value)
     assert [int(path.name) for path in checkpoint.checkpoints(tmp_path / "run")] == [2]
+
+
+def test_a_run_that_diverges_is_stopped(data, tmp_path):
+    with pytest.raises(ValueError, match="expected a finite loss, found one that is not at step 2"):
+        run(data, tmp_path, max_train_steps=4, learning_rate=1e30)
 
 
 @pytest.mark.parametrize(
