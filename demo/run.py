@@ -39,7 +39,7 @@ ROWS, SCALE, GAP, HEADER = 10, 2, 6, 20  # the picture: images of a digit, enlar
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
     output_dir: str = flag("exps/demo", "folder of everything the demo makes, seen from the project's")
-    max_train_steps: int = flag(1000, "training steps of 32 images")
+    max_train_steps: int = flag(1200, "training steps of 32 images")
     num_samples: int = flag(1000, "guided samples to judge, each digit equally often")
 
     def __post_init__(self):
@@ -59,11 +59,11 @@ def commands(config: DemoConfig, cores: int, gpus: int) -> dict[str, str]:
         f" train.py --data-dir {out}/latents --output-dir {out} --exp-name run"
         f" --model SiT-Ti/2 --align vae --align-depth 2"
         f" --batch-size 32 --learning-rate 1e-3 --ema-decay 0.99 --mixed-precision no --num-workers 1"
-        f" --log-every 20 --checkpointing-steps 250 --keep-last 10 --sampling-steps 0"
+        f" --log-every 20 --checkpointing-steps 300 --keep-last 10 --sampling-steps 0"
     )
     sample = (
         f"torchrun --standalone --nproc_per_node={gpus or min(cores, 4)} sample_ddp.py"
-        f" --num-samples {config.num_samples} --labels balanced --sampler ode-euler --num-steps 30"
+        f" --num-samples {config.num_samples} --labels balanced --sampler ode-euler --num-steps 20"
         f" --guidance-scale 2 --per-proc-batch-size 128 --mixed-precision no"
     )
     evaluate = f"python -m evaluations.evaluate --ref {out}/latents --features vae --vae demo/vae --distance fp32"
