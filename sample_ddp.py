@@ -359,9 +359,9 @@ def store_batch(samples: UnfinishedSamples, batch: int, wait: Callable[[], list[
 
 def start_evaluation(config: SampleConfig, vae_name: str, settings: dict[str, Any], device: torch.device) -> Evaluation:
     """What the samples are shown to as they are drawn. The reference is measured here, before any of them."""
-    from evaluations.features import load_network
     from evaluations.images import open_images
     from evaluations.measures import Evaluation, Settings
+    from evaluations.networks import load_network
 
     open_images(config.evaluate)  # refused before a network is loaded
     network = load_network(config.features, inception_weights=config.inception_weights, vae=vae_name, device=device)

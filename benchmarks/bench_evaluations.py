@@ -43,14 +43,14 @@ def bench_passes() -> None:
     import torch
 
     from benchmarks.record import record
-    from evaluations import features, metrics
+    from evaluations import metrics, networks
     from evaluations.images import open_images
     from evaluations.measures import Evaluation, Settings
 
     counts, size, batch_size = {"reference": 64, "samples": 96}, 256, 32
     state = {key: torch.as_tensor(value) for key, value in _inception_state().items()}
-    network = features.inception_from_state("inception", state, digest="seeded random weights")
-    module = features.build_inception(state)
+    network = networks.inception_from_state("inception", state, digest="seeded random weights")
+    module = networks.build_inception(state)
     rng = np.random.default_rng(0)
     sets = {side: rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8) for side, count in counts.items()}
     batches = [images[i : i + batch_size] for images in sets.values() for i in range(0, len(images), batch_size)]
@@ -99,10 +99,10 @@ def bench_passes() -> None:
 
 
 def _inception_state() -> dict[str, np.ndarray]:
-    from evaluations import features
+    from evaluations import networks
     from tests.golden.adm_golden import inception_state
 
-    return inception_state({key: value.shape for key, value in features.build_inception({}).state_dict().items()}, 20)
+    return inception_state({key: value.shape for key, value in networks.build_inception({}).state_dict().items()}, 20)
 
 
 def bench_frechet() -> None:

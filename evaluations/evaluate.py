@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = Settings(names, config.distance, config.k, config.split_size, config.batch_size, config.stored)
     device = join_processes(config.device)
 
-    from evaluations.features import load_network
+    from evaluations.networks import load_network
 
     weights = {"inception_weights": config.inception_weights, "dinov2_weights": config.dinov2_weights}
     networks = [load_network(name, **weights, vae=config.vae, device=device) for name in features]

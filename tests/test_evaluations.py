@@ -16,11 +16,12 @@ import pytest
 import torch
 
 import cli
-from evaluations import evaluate, features
-from evaluations.features import FeatureNetwork, FeatureStatistics, extract_features
+from evaluations import evaluate, networks
+from evaluations.features import FeatureStatistics, extract_features
 from evaluations.images import open_images
 from evaluations.measures import Evaluation, Settings
 from evaluations.metrics import frechet_distance, inception_score, precision_recall
+from evaluations.networks import FeatureNetwork
 from tests.golden import adm_golden
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,13 +30,13 @@ SEED = adm_golden.EXPECTED["weights_seed"]
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
-    shapes = {key: value.shape for key, value in features.build_inception({}).state_dict().items()}
+    shapes = {key: value.shape for key, value in networks.build_inception({}).state_dict().items()}
     return {key: torch.from_numpy(value) for key, value in adm_golden.inception_state(shapes, SEED).items()}
 
 
 @pytest.fixture(scope="module")
 def inception(weights) -> FeatureNetwork:
-    return features.inception_from_state("inception", weights, digest="seed 20")
+    return networks.inception_from_state("inception", weights, digest="seed 20")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_every_value_of_the_original_program(name, inception):
 
 def test_pool_logits_and_spatial_features_are_those_of_torch_fidelitys_own_forward(weights, pictures):
     """The hook's layer, range and order too, taken from the outside."""
-    module = features.build_inception(weights)
+    module = networks.build_inception(weights)
     module.features_list = ["2048", "logits_unbiased"]
     outputs = []
     module.Mixed_6d.branch1x1.bn.register_forward_hook(lambda *args: outputs.append(args[2].clone().relu()))
@@ -99,7 +100,7 @@ def test_resize_is_tensorflow_1_bilinear_bit_by_bit(size):
             a, b, c, d = (image[p].astype(f) for p in ((top, left), (top, right), (bottom, left), (bottom, right)))
             upper, lower = a + (b - a) * dx, c + (d - c) * dx
             expected[i, j] = upper + (lower - upper) * dy
-    found = features.resize_like_tensorflow(torch.from_numpy(image)[None], side)[0]
+    found = networks.resize_like_tensorflow(torch.from_numpy(image)[None], side)[0]
     np.testing.assert_array_equal(found.numpy(), expected)
 
 
@@ -167,31 +168,31 @@ def test_weights_are_loaded_by_digest_and_never_unpickled(weights, pictures, inc
     file = tmp_path / "weights.pth"
     torch.save(weights, file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    network = features.load_inception(str(file), sha256=digest)
+    network = networks.load_inception(str(file), sha256=digest)
     assert network.digest == digest
     torch.testing.assert_close(network(pictures[:1])["pool"], inception(pictures[:1])["pool"])
     with pytest.raises(ValueError, match=f"SHA-256 6726825d.*found {digest}"):
-        features.load_inception(str(file))
+        networks.load_inception(str(file))
     trap = tmp_path / "trap"
     file.write_bytes(pickle.dumps(RunsCode(str(trap)), protocol=2))
     with pytest.raises(ValueError, match="expected Inception weights with SHA-256"):
-        features.load_inception(str(file))
+        networks.load_inception(str(file))
     with pytest.raises(pickle.UnpicklingError):
-        features.load_inception(str(file), sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+        networks.load_inception(str(file), sha256=hashlib.sha256(file.read_bytes()).hexdigest())
     assert not trap.exists()
     with pytest.raises(ValueError, match="--inception-weights PATH"):
-        features.load_inception(str(tmp_path / "none.pth"))
+        networks.load_inception(str(tmp_path / "none.pth"))
 
 
 def test_without_network_the_way_out_is_named(monkeypatch, tmp_path):
     def offline(url, path, hash_prefix, progress):
-        assert (url, hash_prefix) == (features.INCEPTION_URL, features.INCEPTION_SHA256)
+        assert (url, hash_prefix) == (networks.INCEPTION_URL, networks.INCEPTION_SHA256)
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(ValueError, match="--inception-weights PATH, or choose --features vae or random"):
-        features.load_inception()
+        networks.load_inception()
 
 
 def test_published_values_with_the_true_weights_and_files():
@@ -199,7 +200,7 @@ def test_published_values_with_the_true_weights_and_files():
     folder = os.environ.get("ADM_FILES")
     if not folder:
         pytest.skip("the true weights and ADM's files are not at hand: set ADM_FILES to their folder")
-    network = features.load_inception(str(Path(folder) / features.INCEPTION_URL.rsplit("/", 1)[1]))
+    network = networks.load_inception(str(Path(folder) / networks.INCEPTION_URL.rsplit("/", 1)[1]))
     evaluation = Evaluation([network], str(Path(folder) / "VIRTUAL_imagenet256_labeled.npz"), Settings())
     source = open_images(str(Path(folder) / "admnet_guided_upsampled_imagenet256.npz"))
     evaluation.measure(evaluation.samples, source, "samples")
@@ -212,7 +213,7 @@ def test_published_values_with_the_true_weights_and_files():
 
 
 def test_random_weights_are_the_same_everywhere_and_tell_images_apart(pictures):
-    first, second = features.load_random_inception(), features.load_random_inception()
+    first, second = networks.load_random_inception(), networks.load_random_inception()
     assert (first.name, first.digest) == ("random", second.digest)
     found = first(pictures)
     torch.testing.assert_close(found["pool"], second(pictures)["pool"], rtol=0, atol=0)
@@ -229,7 +230,7 @@ def test_vae_features(pictures, tmp_path):
         latent_channels=3, norm_num_groups=4, layers_per_block=1,
     ).eval()  # fmt: skip
     vae.save_pretrained(tmp_path / "vae")
-    network = features.load_network("vae", vae=str(tmp_path / "vae"))
+    network = networks.load_network("vae", vae=str(tmp_path / "vae"))
     found = network(pictures)["pool"]  # means of 4 x 4 cells of a 32 x 32 latent
     with torch.no_grad():
         means = vae.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean
@@ -239,12 +240,12 @@ def test_vae_features(pictures, tmp_path):
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
     for folder, message in (("vae", "found"), ("", "config.json"), ("none", "no readable config.json")):
         with pytest.raises(ValueError, match=message) as error:
-            features.load_network("vae", vae=str(tmp_path / folder))
+            networks.load_network("vae", vae=str(tmp_path / folder))
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="fix: --vae"):
-        features.load_network("vae")
+        networks.load_network("vae")
     with pytest.raises(ValueError, match="expected features inception"):
-        features.load_network("clip")
+        networks.load_network("clip")
 
 
 @pytest.mark.slow
@@ -256,7 +257,7 @@ def test_dinov2_features(pictures, tmp_path):
     model = "vit_small_patch14_dinov2.lvd142m"
     native = timm.create_model(model, num_classes=0).eval()
     torch.save(native.state_dict(), tmp_path / "weights.pth")
-    network = features.load_dinov2(str(tmp_path / "weights.pth"), model=model)
+    network = networks.load_dinov2(str(tmp_path / "weights.pth"), model=model)
     found = network(pictures)["pool"]
     assert found.shape == (5, 384)
     # the native network at its own 518 x 518 differs only by the position embeddings: give it DINOv2's own
@@ -273,7 +274,7 @@ def test_dinov2_features(pictures, tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))  # PIL: one grey level
     (tmp_path / "weights.pth").write_bytes(pickle.dumps(RunsCode(str(tmp_path / "trap")), protocol=2))
     with pytest.raises(ValueError, match="--dinov2-weights"):
-        features.load_dinov2(str(tmp_path / "weights.pth"), model=model)
+        networks.load_dinov2(str(tmp_path / "weights.pth"), model=model)
     assert not (tmp_path / "trap").exists()
 
 
@@ -329,7 +330,7 @@ def test_statistics_in_any_order_and_batches(small):
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """Call the entry point with the cheap network; returns (exit code, stdout, stderr)."""
-    monkeypatch.setattr(features, "load_network", lambda name, **_: cheap_network(name))
+    monkeypatch.setattr(networks, "load_network", lambda name, **_: cheap_network(name))
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
