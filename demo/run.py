@@ -101,7 +101,7 @@ def run_stage(name: str, command: str, folder: Path) -> None:
     try:
         code = subprocess.run(shlex.split(command), cwd=ROOT, env=environment).returncode
     finally:
-        seconds = read_seconds(folder)
+        seconds = read_json(folder / "seconds.json")
         stage = seconds.setdefault(name, {"seconds": 0.0, "finished": False})
         if not stage["finished"]:
             stage["seconds"] += time.perf_counter() - begin
@@ -114,9 +114,10 @@ def run_stage(name: str, command: str, folder: Path) -> None:
         )
 
 
-def read_seconds(folder: Path) -> dict[str, dict[str, Any]]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a file that `write_json` wrote; nothing if there is none, or none that can be read."""
     with contextlib.suppress(OSError, json.JSONDecodeError):
-        return json.loads((folder / "seconds.json").read_text())
+        return json.loads(path.read_text())
     return {}
 
 
@@ -261,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     images_before, labels_before = load_samples(folder / "samples-before")
     before = classifier.predict(reduce(images_before)) == labels_before
     draw_grid(images, labels, recognised, folder / "samples.png")
-    seconds = read_seconds(folder)
+    seconds = read_json(folder / "seconds.json")
     seconds.setdefault("judgement", {"seconds": time.perf_counter() - begin, "finished": True})
     write_json(folder / "seconds.json", seconds)
     measures = {
@@ -270,7 +271,11 @@ def main(argv: list[str] | None = None) -> None:
     }
     rows, distances = read_log(folder / "run"), median_distances(images)
     summary = summarise(recognised, before, labels, accuracy, distances, measures, rows, seconds)
-    write_json(folder / "summary.json", summary | {"commands": stages, **provenance.stamp()})
+    summary["commands"] = stages
+    # A run that finds everything finished keeps the date and revision of the one that made it.
+    known = read_json(folder / "summary.json")
+    if any(known.get(name) != value for name, value in summary.items()):
+        write_json(folder / "summary.json", summary | provenance.stamp())
     report(summary, config.output_dir)
 
 
