@@ -24,14 +24,15 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str:
-    """Commit of this project, with "+changes" if tracked files differ from it, or "unknown" outside a checkout."""
+    """Commit of this project, with "+changes" if its code differs from it, or "unknown" outside a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
 
+    code = (".", ":!benchmarks/results")  # what benchmarks write is no change of what they measure
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno", "--", *code) else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
