@@ -41,7 +41,7 @@ from models.vae import LatentScale, decode_images, load_vae, vae_digest
 from runlog import RunLog
 from samplers import guided_velocity, sample_ode
 from seeding import block_generator, numpy_generator, step_generator
-from train_config import FREE_ON_RESUME, TrainConfig, resolve
+from train_config import CHANGEABLE_ON_RESUME, FREE_ON_RESUME, TrainConfig, resolve
 
 
 def build(config: TrainConfig, store: LatentDataset) -> tuple[AlignedSiT, dict[str, Alignment]]:
@@ -171,16 +171,19 @@ def prepare_run_folder(config: TrainConfig, data_digest: str) -> Path | None:
     state = checkpoint.read_state(newest)
     settings = dataclasses.asdict(config).items()
     saved = state["config"]
-    changed = [
-        f"--{name.replace('_', '-')} {saved.get(name)} -> {value}"
+    changed = {
+        name: f"--{name.replace('_', '-')} {saved.get(name)} -> {value}"
         for name, value in settings
         if name not in FREE_ON_RESUME and saved.get(name) != (list(value) if isinstance(value, tuple) else value)
-    ]
-    if changed:
+    }
+    refused = [change for name, change in changed.items() if name not in CHANGEABLE_ON_RESUME]
+    if refused:
         raise ValueError(
-            f"expected the settings of the run in {config.run_dir}, found {'; '.join(changed)}; "
+            f"expected the settings of the run in {config.run_dir}, found {'; '.join(refused)}; "
             f"give those settings, or another --exp-name for a new run"
         )
+    if changed:
+        warnings.warn(f"{config.run_dir} goes on with other settings: {'; '.join(changed.values())}", stacklevel=2)
     if state["data_digest"] != data_digest:
         raise ValueError(
             f"{config.data_dir} is not the store that {newest} was trained on; give that one, or another --exp-name"
@@ -210,7 +213,8 @@ def read_metrics(run: Run, step: int, sums: Tensor, steps: int, first_bad: Tenso
         saved = checkpoint.latest_checkpoint(config.run_dir)
         raise ValueError(
             f"expected a finite loss, found one that is not at step {bad_step}; the last good checkpoint is "
-            f"{saved or 'none'}; fix: a lower --learning-rate or --max-grad-norm, or --mixed-precision bf16 or no"
+            f"{saved or 'none'}; fix: the same command with a lower --learning-rate or --max-grad-norm, or with "
+            f"--mixed-precision no"
         )
     return {
         "step": step,
@@ -366,6 +370,8 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     if newest:
         checkpoint.load_checkpoint(newest, model, ema, optimizer, accelerator.scaler)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate  # may have been changed since
         accelerator.print(f"going on from {newest}")
     model, optimizer = accelerator.prepare(model, optimizer)
     interpolant = Interpolant(config.path_type)

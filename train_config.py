@@ -122,6 +122,8 @@ FREE_ON_RESUME = {
     "compile", "checkpointing_steps", "keep_last", "keep_every", "log_every", "report_to", "tracker_project",
     "sampling_steps", "sampling_count", "sampling_guidance", "sampling_num_steps", "vae", "resolution",
 }  # fmt: skip
+# Settings that may be changed when a run goes on, to bring one through an instability; a change is announced.
+CHANGEABLE_ON_RESUME = {"learning_rate", "max_grad_norm", "mixed_precision"}
 DEFAULT_DEPTHS = {"Ti": 2, "S": 2, "B": 2, "L": 8, "XL": 8}  # Section 4.2; S and Ti are ours
 
 

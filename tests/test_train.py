@@ -324,13 +324,22 @@ def test_flips_need_a_store_that_has_them(tmp_path):
 
 def test_a_run_goes_on_only_with_its_own_settings_and_data(data, tmp_path):
     run(data, tmp_path)
-    with pytest.raises(ValueError, match=r"--learning-rate 0\.001 -> 0\.1.*--exp-name"):
-        run(data, tmp_path, learning_rate=0.1, max_train_steps=3)
+    with pytest.raises(ValueError, match=r"--adam-beta1 0\.9 -> 0\.8.*--exp-name"):
+        run(data, tmp_path, adam_beta1=0.8, learning_rate=0.1, max_train_steps=3)
     with pytest.raises(ValueError, match=r"--no-resume.*holds a run"):
         run(data, tmp_path, resume=False)
     make_store(tmp_path / "other", seed=9, flips=True)
     with pytest.raises(ValueError, match=r"is not the store that"):
         run(tmp_path / "other", tmp_path, max_train_steps=3)
+
+
+def test_an_unstable_run_can_go_on_with_a_lower_learning_rate(data, tmp_path):
+    run(data, tmp_path)
+    before = weights(tmp_path / "run")
+    with pytest.warns(UserWarning, match=r"goes on with other settings: --learning-rate 0\.001 -> 1e-30"):
+        run(data, tmp_path, learning_rate=1e-30, max_train_steps=4)
+    for name, value in weights(tmp_path / "run").items():  # two steps of no length
+        torch.testing.assert_close(value, before[name], rtol=0, atol=1e-28)
 
 
 def test_a_damaged_checkpoint_is_named(data, tmp_path):
