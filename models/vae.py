@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,13 +92,16 @@ def load_vae(
 
     folder = Path(name_or_path)
     subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
-    cached_only = folder.exists() or not _hub_answers()
+    offline = not folder.exists() and not _hub_answers()
     try:
-        vae = AutoencoderKL.from_pretrained(
-            str(name_or_path), subfolder=subfolder, torch_dtype=dtype, local_files_only=cached_only
-        )
+        with warnings.catch_warnings():
+            # diffusers passes an argument that newer clients of the hub warn of
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
+            vae = AutoencoderKL.from_pretrained(
+                str(name_or_path), subfolder=subfolder, torch_dtype=dtype, local_files_only=folder.exists() or offline
+            )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = "the hub cannot be reached" if offline else " ".join(str(error).split())[:200]
         raise ValueError(
             f"--vae: expected a folder with an AutoencoderKL, or its name on the hub, found {name_or_path!r} "
             f"({reason}); without a network give a local folder"

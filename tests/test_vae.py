@@ -81,6 +81,15 @@ def test_scale_comes_from_the_config(folder):
     assert scale_from_config(vae) == LatentScale((0.9, 0.45, 0.225, 0.1125), (0.0, 1.0, 2.0, 3.0))
 
 
+def test_an_absent_hub_is_named_at_once_without_a_warning(monkeypatch, recwarn):
+    monkeypatch.setattr("models.vae._hub_answers", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"^--vae.*\(the hub cannot be reached\); without a network give a local folder"
+    ):
+        load_vae("stabilityai/sd-vae-ft-mse")
+    assert not recwarn.list
+
+
 def test_what_cannot_be_loaded_names_the_flag(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "other").mkdir()
