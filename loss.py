@@ -109,7 +109,7 @@ def training_loss(
         model: (y_t, t, y) -> velocity (N, ...) and {name: projected tokens (N, T, D)}, as `AlignedSiT`.
         z: (N, ...) clean scaled latents. eps: (N, ...) standard normal noise.
         t: (N,) times in [0, 1]. y: (N,) int64 classes, some already dropped to the null class.
-        targets: {name: (N, T, D)} for each name in `alignments`.
+        targets: {name: (N, T, D)}. A term without a target is not computed, and reported as 0.
         alignments: {name: settings}; empty for plain SiT.
 
     Returns:
@@ -122,6 +122,10 @@ def training_loss(
     losses = {"velocity": error.square().flatten(1).mean(dim=1).mean()}
     total = losses["velocity"]
     for name, alignment in alignments.items():
+        if name not in targets:  # its head stays in the graph: DDP waits for the gradients of all
+            losses[f"align_{name}"] = 0 * at_least_float32(projected[name]).sum()
+            total = total + losses[f"align_{name}"]
+            continue
         losses[f"align_{name}"] = alignment_loss(projected[name], targets[name], t, alignment)
         total = total + alignment.weight * losses[f"align_{name}"]  # Eq. 8
     return {"total": total, **losses}

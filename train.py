@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import resource
@@ -34,9 +35,9 @@ from dataset import LatentDataset, StepSampler
 from ema import update_ema
 from interpolant import Interpolant
 from loss import Alignment, training_loss
+from methods import METHODS, Batch, Context, Method, chosen
 from models.aligned import AlignedSiT
-from models.projector import Projector
-from models.sit import SiT, SiTConfig, patchify
+from models.sit import SiT, SiTConfig
 from models.vae import LatentScale, decode_images, load_vae, vae_digest
 from runlog import RunLog
 from samplers import guided_velocity, sample_ode
@@ -44,21 +45,24 @@ from seeding import block_generator, numpy_generator, step_generator
 from train_config import CHANGEABLE_ON_RESUME, FREE_ON_RESUME, TrainConfig, resolve
 
 
-def build(config: TrainConfig, store: LatentDataset) -> tuple[AlignedSiT, dict[str, Alignment]]:
-    """The model and its alignments. Weights depend on the seed alone, the SiT's not on whether there is a head."""
+def build(config: TrainConfig, store: LatentDataset) -> tuple[SiT, SiT]:
+    """The SiT and its moving average, equal before the first step: a function of the seed, whatever is aligned."""
     channels, height, width = store.latent_shape
     if height != width:
         raise ValueError(f"expected square latents, found {height} x {width} in {config.data_dir}")
     torch.manual_seed(config.seed)
     sit = SiT(SiTConfig.from_name(config.model, height, channels, config.num_classes))
-    heads, alignments = {}, {}
-    if config.align == "vae":
-        head = Projector(sit.config.hidden_size, sit.config.patch_dim, config.align_layers)
-        heads["vae"] = (config.align_depth, head)
-        alignments["vae"] = Alignment(
-            config.align_weight, config.align_objective, config.align_beta, config.align_time_range
-        )
-    return AlignedSiT(sit, heads), alignments
+    return sit, copy.deepcopy(sit).eval().requires_grad_(False)
+
+
+def make_heads(config: TrainConfig, methods: dict[str, Method]) -> dict[str, tuple[int, torch.nn.Module]]:
+    """Depth and head of each term of the loss, by name; its weights depend on the seed and that name alone."""
+    heads = {}
+    for name, method in methods.items():
+        for term, depth in method.term_names(name).items():
+            torch.manual_seed(step_generator(config.seed, 0, f"head {term}").initial_seed())
+            heads[term] = (depth, method.make_head())
+    return heads
 
 
 @dataclass
@@ -72,46 +76,64 @@ class Run:
     ema: SiT  # its moving average
     optimizer: torch.optim.Optimizer
     interpolant: Interpolant
-    alignments: dict[str, Alignment]
+    methods: dict[str, Method]
     scale: LatentScale
     epoch_size: int  # images in the store
+
+    def alignments(self, step: int) -> dict[str, Alignment]:
+        """The alignment terms of the loss at an optimizer step, by name."""
+        return {
+            term: method.alignment_at(step) for name, method in self.methods.items() for term in method.term_names(name)
+        }
 
     @property
     def measured(self) -> list[str]:
         """Names of what a step returns."""
-        return ["loss", "velocity", *(f"align_{name}" for name in self.alignments), "grad_norm"]
+        return ["loss", "velocity", *(f"align_{term}" for term in self.alignments(0)), "grad_norm"]
 
 
-def draw(config: TrainConfig, step: int, sit: SiTConfig, device: torch.device) -> list[Tensor]:
-    """Posterior noise and eps (B, C, H, W), times (B,) and dropped labels (B,) bool, for the whole global batch B."""
+def draw(config: TrainConfig, step: int, sit: SiTConfig, device: torch.device) -> dict[str, Tensor]:
+    """The random numbers of a step, for the whole global batch B, by purpose.
+
+    "posterior" and "noise" (B, C, H, W) normal; "time" (B,) uniform; "dropout" (B,) bool, the labels to drop; and where
+    a teacher needs it "lag" (B,) uniform. Each has a stream of its own: no method changes another's draws.
+    """
     B, latent_shape = config.batch_size, (sit.in_channels, sit.latent_size, sit.latent_size)
-    posterior, noise, time_, dropout = (
-        step_generator(config.seed, step, purpose, device) for purpose in ("posterior", "noise", "time", "dropout")
-    )
-    return [
-        torch.randn(B, *latent_shape, generator=posterior, device=device),
-        torch.randn(B, *latent_shape, generator=noise, device=device),
-        torch.rand(B, generator=time_, device=device),
-        torch.rand(B, generator=dropout, device=device) < config.label_dropout,
-    ]
+    normal, uniform = functools.partial(torch.randn, B, *latent_shape), functools.partial(torch.rand, B)
+    kinds = {"posterior": normal, "noise": normal, "time": uniform, "dropout": uniform}
+    kinds |= {"lag": uniform} if "sra" in chosen(config.align) else {}
+    draws = {
+        purpose: kind(generator=step_generator(config.seed, step, purpose, device), device=device)
+        for purpose, kind in kinds.items()
+    }
+    return draws | {"dropout": draws["dropout"] < config.label_dropout}
+
+
+@torch.no_grad()
+def make_targets(run: Run, batch: Batch, alignments: dict[str, Alignment]) -> dict[str, Tensor]:
+    """The target (N, T, D) of each term that has a weight; the terms of one method share it."""
+    targets = {}
+    for name, method in run.methods.items():
+        terms = [term for term in method.term_names(name) if alignments[term].weight != 0]
+        targets |= dict.fromkeys(terms, method.target(batch)) if terms else {}
+    return targets
 
 
 def train_step(run: Run, step: int, micro_batches: list[dict[str, Tensor]]) -> Tensor:  # -> (losses + gradient norm,)
     """Optimizer step number `step`, from 0. Returns this process's mean losses and the gradient's norm, unread."""
     config, accelerator, sit = run.config, run.accelerator, run.sit
-    draws = draw(config, step, sit.config, accelerator.device)
-    losses = []
-    for index, batch in enumerate(micro_batches):
-        first = (index * accelerator.num_processes + accelerator.process_index) * len(batch["label"])
-        posterior, eps, t, dropped = (numbers[first : first + len(batch["label"])] for numbers in draws)
-        mean, std = batch["moments"].chunk(2, dim=1)
-        z = run.scale.scale_latent(mean + std * posterior)
-        f_vae = z if config.align_target == "sample" else run.scale.scale_latent(mean)
-        targets = {name: patchify(f_vae, sit.config.patch_size) for name in run.alignments}
-        y = torch.where(dropped, config.num_classes, batch["label"])
+    draws, alignments, losses = draw(config, step, sit.config, accelerator.device), run.alignments(step), []
+    for index, data in enumerate(micro_batches):
+        first = (index * accelerator.num_processes + accelerator.process_index) * len(data["label"])
+        own = {purpose: numbers[first : first + len(data["label"])] for purpose, numbers in draws.items()}
+        mean, std = data["moments"].chunk(2, dim=1)
+        z, mean = (run.scale.scale_latent(f) for f in (mean + std * own["posterior"], mean))
+        y = torch.where(own["dropout"], config.num_classes, data["label"])
+        batch = Batch(z, mean, own["noise"], own["time"], y, own.get("lag"), data.get("image"))
+        targets = make_targets(run, batch, alignments)
         last = index == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(run.model):
-            terms = training_loss(run.model, z, eps, t, y, run.interpolant, targets, run.alignments)
+            terms = training_loss(run.model, z, batch.eps, batch.t, y, run.interpolant, targets, alignments)
             accelerator.backward(terms["total"] / len(micro_batches))
         losses.append(torch.stack(list(terms.values())).detach())
     gradient_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
@@ -231,12 +253,12 @@ def report(run: Run, row: dict[str, float], log: RunLog, progress: tqdm) -> None
     log.write(row)
     run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
     progress.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{row['images_per_second']:.1f}")
-    for name, alignment in run.alignments.items():
+    for name, alignment in run.alignments(row["step"] - 1).items():
         weighted = alignment.weight * row[f"align_{name}"]
         if weighted > 10 * row["velocity"]:
             warnings.warn(
                 f"the alignment loss ({weighted:.3g} with its weight) is more than ten times the velocity loss "
-                f"({row['velocity']:.3g}): check the latents' scale, or lower --align-weight",
+                f"({row['velocity']:.3g}): check the latents' scale, or lower the weight of {name!r}",
                 stacklevel=2,
             )
 
@@ -320,9 +342,10 @@ def describe(run: Run, store: LatentDataset) -> str:
         f"{'compiled' if config.compile else 'not compiled'}",
     ]
     lines += [
-        f"align    {name}: block {config.align_depth}, head {millions(heads[name])} parameters, "
-        f"{alignment.objective}, weight {alignment.weight:g}"
-        for name, alignment in run.alignments.items()
+        f"align    {term}: block {depth}, head {millions(heads[term])} parameters, "
+        f"{method.alignment.objective}, weight {method.alignment.weight / len(method.depths):g}"
+        for name, method in run.methods.items()
+        for term, depth in method.term_names(name).items()
     ]
     return "\n".join(lines)
 
@@ -330,7 +353,7 @@ def describe(run: Run, store: LatentDataset) -> str:
 def main(argv: list[str] | None = None) -> None:
     config = cli.parse(TrainConfig, argv, __doc__.splitlines()[0])
     on_gpu = torch.cuda.is_available()
-    store = LatentDataset(config.data_dir)
+    store = LatentDataset(config.data_dir, images="repa" in chosen(config.align))
     config = resolve(config, store, on_gpu)
     data_digest = checkpoint.file_digest(Path(config.data_dir) / "meta.json")
     newest = prepare_run_folder(config, data_digest)
@@ -358,9 +381,11 @@ def main(argv: list[str] | None = None) -> None:
     draws_grids = config.sampling_steps > 0 and accelerator.is_main_process
     vae = load_grid_vae(config, store, accelerator.device) if draws_grids else None
 
-    model, alignments = build(config, store)
-    model.to(accelerator.device)
-    sit, ema = model.sit, copy.deepcopy(model.sit).eval().requires_grad_(False)
+    sit, ema = (network.to(accelerator.device) for network in build(config, store))
+    interpolant, epoch = Interpolant(config.path_type), len(store) / config.batch_size
+    context = Context(config, sit, ema, interpolant, accelerator.device, accelerator.autocast, epoch)
+    methods = {name: METHODS[name](context) for name in chosen(config.align)}
+    model = AlignedSiT(sit, make_heads(config, methods)).to(accelerator.device)
     if config.compile:
         for module in [*sit.blocks, *model.heads.values()]:
             module.compile(fullgraph=True, dynamic=False)
@@ -374,8 +399,7 @@ def main(argv: list[str] | None = None) -> None:
             group["lr"] = config.learning_rate  # may have been changed since
         accelerator.print(f"going on from {newest}")
     model, optimizer = accelerator.prepare(model, optimizer)
-    interpolant = Interpolant(config.path_type)
-    run = Run(config, accelerator, model, sit, ema, optimizer, interpolant, alignments, store.scale, len(store))
+    run = Run(config, accelerator, model, sit, ema, optimizer, interpolant, methods, store.scale, len(store))
 
     settings = {"config": dataclasses.asdict(config), "data_digest": data_digest} | provenance.stamp()
     log = None

@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from dataset import LatentDataset
 
 
+OBJECTIVES = ("smooth_l1", "l1", "l2", "cosine")
+HEADS = "an MLP, or one 3 x 3 convolution over the tokens' grid"
+NORMALIZE = "bring each channel of the target to mean 0 and deviation 1 over an image's tokens"
+SCHEDULES = (
+    "its weight over steps: constant, linear:K or cosine:K (falls to 0 at step K), off:K (0 from step K on), or sra "
+    "(falls slowly after epoch 149)"
+)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of a run; saved as `config.json` in its folder and in every checkpoint."""
@@ -33,28 +42,71 @@ class TrainConfig:
     model: str = flag("SiT-XL/2", "SiT-SIZE/PATCH: sizes Ti, S, B, L, XL; patches 1, 2, 4, 8", group="model")
     path_type: str = flag("linear", "path between data and noise (Eq. 1)", choices=("linear", "cosine"), group="model")
 
-    align: str = flag("vae", "vae: VAE-REPA; none: plain SiT", choices=("vae", "none"), group="alignment")
-    align_depth: int | None = flag(
-        None,
-        "block that is aligned, counted from 1; by default S 2, B 2, L 8, XL 8",
+    align: str = flag(
+        "vae",
+        "vae: VAE-REPA; repa: an external encoder; sra: the model's own average; sums such as repa+vae; "
+        "none: plain SiT",
         group="alignment",
+    )
+    align_beta: float = flag(0.05, "half-width of smooth L1's quadratic part, for every method", group="alignment")
+    align_time_range: tuple[float, float] = flag(
+        (0.0, 1.0), "align only samples with t in this range, by every method", group="alignment", metavar="T"
+    )
+
+    align_depth: tuple[int, ...] | None = flag(
+        None,
+        "blocks that are aligned, counted from 1; several share the weight; by default S 2, B 2, L 8, XL 8",
+        group="alignment: vae",
         aliases=("--encoder-depth",),
     )
-    align_weight: float = flag(1.0, "lambda of Eq. 8", group="alignment", aliases=("--proj-coeff",))
-    align_layers: int = flag(5, "linear layers in the head, 1 to 8", group="alignment")
-    align_objective: str = flag(
-        "smooth_l1", "objective of Eq. 7", choices=("smooth_l1", "l1", "l2", "cosine"), group="alignment"
-    )
-    align_beta: float = flag(0.05, "half-width of smooth L1's quadratic part", group="alignment")
-    align_time_range: tuple[float, float] = flag(
-        (0.0, 1.0), "align only samples with t in this range", group="alignment", metavar="T"
-    )
+    align_weight: float = flag(1.0, "lambda of Eq. 8", group="alignment: vae", aliases=("--proj-coeff",))
+    align_schedule: str = flag("constant", SCHEDULES, group="alignment: vae")
+    align_objective: str = flag("smooth_l1", "objective of Eq. 7", choices=OBJECTIVES, group="alignment: vae")
+    align_head: str = flag("mlp", HEADS, choices=("mlp", "conv"), group="alignment: vae")
+    align_layers: int = flag(5, "linear layers in the MLP head, 1 to 8", group="alignment: vae")
     align_target: str = flag(
         "sample",
         "the posterior sample that is noised, or the posterior mean",
         choices=("sample", "mean"),
-        group="alignment",
+        group="alignment: vae",
     )
+    align_normalize: bool = flag(False, NORMALIZE, group="alignment: vae")
+
+    repa_encoder: str = flag(
+        "dinov2-vit-b",
+        "encoder: dinov2-vit-s, -b, -l, -g, dinov2reg-vit-b, -l, -g, dinov3-vit-s, -b, -l, mae-vit-b, -l, "
+        "clip-vit-b, -l, siglip-vit-b, -l, or a vision transformer's name in timm",
+        group="alignment: repa",
+        aliases=("--enc-type",),
+    )
+    repa_weights: str | None = flag(None, "local file with its weights, in place of the hub", group="alignment: repa")
+    repa_depth: tuple[int, ...] | None = flag(
+        None, "blocks that are aligned; by default Ti 2, S 4, B 4, L 8, XL 8", group="alignment: repa"
+    )
+    repa_weight: float = flag(0.5, "weight of its term", group="alignment: repa")
+    repa_schedule: str = flag("constant", SCHEDULES, group="alignment: repa")
+    repa_objective: str = flag("cosine", "objective of its term", choices=OBJECTIVES, group="alignment: repa")
+    repa_head: str = flag("mlp", HEADS, choices=("mlp", "conv"), group="alignment: repa")
+    repa_normalize: bool = flag(False, NORMALIZE, group="alignment: repa")
+
+    sra_depth: tuple[int, ...] | None = flag(
+        None,
+        "blocks that are aligned; by default Ti 2, S 4, B 4, L 8, XL 8",
+        group="alignment: sra",
+        aliases=("--block-out-s",),
+    )
+    sra_teacher_depth: int | None = flag(
+        None,
+        "block of the average that they learn from; by default Ti 4, S 8, B 8, L 16, XL 20",
+        group="alignment: sra",
+        aliases=("--block-out-t",),
+    )
+    sra_t_max: float = flag(
+        0.2, "the average sees a time up to this much earlier", group="alignment: sra", aliases=("--t-max",)
+    )
+    sra_weight: float = flag(0.2, "weight of its term", group="alignment: sra")
+    sra_schedule: str = flag("sra", SCHEDULES, group="alignment: sra")
+    sra_objective: str = flag("smooth_l1", "objective of its term", choices=OBJECTIVES, group="alignment: sra")
 
     batch_size: int = flag(256, "images per step, over all processes and accumulation steps", group="optimisation")
     gradient_accumulation_steps: int = flag(1, "micro-batches per step and process", group="optimisation")
@@ -101,18 +153,19 @@ class TrainConfig:
         for name in ("batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
                      "keep_last", "log_every", "sampling_count", "sampling_num_steps"):  # fmt: skip
             _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("sampling_steps", "num_workers", "keep_every", "align_weight", "adam_weight_decay"):
+        for name in ("sampling_steps", "num_workers", "keep_every", "align_weight", "repa_weight", "sra_weight",
+                     "adam_weight_decay"):  # fmt: skip
             _check(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             _check(self, name, getattr(self, name) > 0, "more than 0")
-        for name in ("ema_decay", "label_dropout"):
+        for name in ("ema_decay", "label_dropout", "sra_t_max"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "a value in [0, 1]")
         for name in ("adam_beta1", "adam_beta2"):
             _check(self, name, 0 <= getattr(self, name) < 1, "a value in [0, 1)")
 
     @property
     def run_dir(self) -> Path:
-        name = self.exp_name or f"{self.model}-{self.align}".lower().replace("/", "-")
+        name = self.exp_name or f"{self.model}-{self.align}".lower().replace("/", "-").replace("+", "-")
         return Path(self.output_dir) / name
 
 
@@ -124,7 +177,14 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 # Settings that may be changed when a run goes on, to bring one through an instability; a change is announced.
 CHANGEABLE_ON_RESUME = {"learning_rate", "max_grad_norm", "mixed_precision"}
-DEFAULT_DEPTHS = {"Ti": 2, "S": 2, "B": 2, "L": 8, "XL": 8}  # Section 4.2; S and Ti are ours
+# Depths by size. VAE-REPA: Section 4.2; REPA: B, L and XL by its authors; SRA: XL by its authors, B the default of
+# their code. S, Ti, and SRA's of L are ours.
+DEFAULT_DEPTHS = {
+    "align_depth": {"Ti": (2,), "S": (2,), "B": (2,), "L": (8,), "XL": (8,)},
+    "repa_depth": {"Ti": (2,), "S": (4,), "B": (4,), "L": (8,), "XL": (8,)},
+    "sra_depth": {"Ti": (2,), "S": (4,), "B": (4,), "L": (8,), "XL": (8,)},
+    "sra_teacher_depth": {"Ti": 4, "S": 8, "B": 8, "L": 16, "XL": 20},
+}
 
 
 def _check(config: TrainConfig, name: str, holds: bool, expected: str) -> None:
@@ -142,7 +202,7 @@ def resolve(config: TrainConfig, store: LatentDataset, on_gpu: bool) -> TrainCon
     decided = {
         "resolution": store.meta["resolution"],
         "num_classes": store.num_classes,
-        "align_depth": DEFAULT_DEPTHS.get(size),  # an unknown size is reported by SiTConfig
+        **{name: depths.get(size) for name, depths in DEFAULT_DEPTHS.items()},  # SiTConfig reports an unknown size
         "exp_name": config.run_dir.name,
         "mixed_precision": "bf16" if on_gpu else "no",
         "compile": on_gpu,

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from models.projector import Projector
 from models.sit import SiT
 
 
@@ -15,20 +14,12 @@ class AlignedSiT(nn.Module):
 
     Args:
         sit: the backbone.
-        heads: {name: (depth, head)}; depth counts blocks from 1.
-
-    Raises:
-        ValueError: a depth outside the backbone.
+        heads: {name: (depth, head)}; depth counts blocks from 1, and the head takes tokens (N, T, D).
     """
 
-    def __init__(self, sit: SiT, heads: Mapping[str, tuple[int, Projector]]):
+    def __init__(self, sit: SiT, heads: Mapping[str, tuple[int, nn.Module]]):
         super().__init__()
-        for name, (depth, _) in heads.items():
-            if not 1 <= depth <= sit.config.depth:
-                raise ValueError(
-                    f"expected an alignment depth in 1..{sit.config.depth} (blocks of this model), "
-                    f"found {depth} for {name!r}; set --align-depth"
-                )
+        assert all(1 <= depth <= sit.config.depth for depth, _ in heads.values()), "a depth outside the backbone"
         self.sit = sit
         self.depths = {name: depth for name, (depth, _) in heads.items()}
         self.heads = nn.ModuleDict({name: head for name, (_, head) in heads.items()})

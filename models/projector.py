@@ -1,10 +1,15 @@
-"""The MLP head P of Section 3.2.2 that takes a block's tokens to the space of the features they are aligned with."""
+"""Heads that take a block's tokens to the space of what they are aligned with: the MLP P of Section 3.2.2, and a
+convolution.
+
+Shape suffixes: N batch, T tokens of a square grid, D hidden size.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 
-from torch import nn
+from torch import Tensor, nn
 
 from models.sit import xavier_linear
 
@@ -31,3 +36,17 @@ class Projector(nn.Sequential):
             modules += [nn.Linear(fan_in, fan_out), nn.SiLU()]
         super().__init__(*modules[:-1])
         self.apply(xavier_linear)
+
+
+class ConvHead(nn.Conv2d):
+    """(N, T, D) -> (N, T, out_dim): one 3 x 3 convolution over the tokens' grid, which shows a token its neighbours.
+
+    The head that iREPA (arXiv 2512.10794) sets in place of REPA's MLP.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__(in_dim, out_dim, kernel_size=3, padding=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (N, T, D) -> (N, T, out_dim)
+        side = math.isqrt(tokens.shape[1])
+        return super().forward(tokens.mT.unflatten(2, (side, side))).flatten(2).mT

@@ -251,9 +251,7 @@ class SiT(nn.Module):
 
         With `taps`, depths counted from 1, also the tokens that leave those blocks, in the order of `taps`.
         """
-        x = self.x_embedder(x)
-        x = x + self.pos_embed.to(x.dtype)  # a float32 table would keep every token in float32 under autocast
-        c = self.t_embedder(t) + self.y_embedder(y)
+        x, c = self._embed(x, t, y)
         tapped = {}
         for depth, block in enumerate(self.blocks, start=1):
             x = block(x, c)
@@ -261,6 +259,19 @@ class SiT(nn.Module):
                 tapped[depth] = x
         velocity = unpatchify(self.final_layer(x, c), self.config.patch_size)
         return (velocity, [tapped[depth] for depth in taps]) if taps else velocity
+
+    def tokens(self, x: Tensor, t: Tensor, y: Tensor, depth: int) -> Tensor:  # as forward -> (N, T, D)
+        """The tokens that leave block `depth`, counted from 1; no later block is run."""
+        x, c = self._embed(x, t, y)
+        for block in self.blocks[:depth]:
+            x = block(x, c)
+        return x
+
+    def _embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # -> (N, T, D), (N, D)
+        """The tokens that enter the first block, and the condition of every block."""
+        x = self.x_embedder(x)
+        x = x + self.pos_embed.to(x.dtype)  # a float32 table would keep every token in float32 under autocast
+        return x, self.t_embedder(t) + self.y_embedder(y)
 
 
 def xavier_linear(module: nn.Module) -> None:

@@ -67,7 +67,7 @@ def scale_from_config(vae: AutoencoderKL) -> LatentScale:
     return LatentScale((config.scaling_factor,), (config.get("shift_factor") or 0.0,))
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the hub can be reached: asked once, since its client repeats a vain attempt for half a minute."""
     from huggingface_hub import constants, get_session
 
@@ -92,7 +92,7 @@ def load_vae(
 
     folder = Path(name_or_path)
     subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
-    offline = not folder.exists() and not _hub_answers()
+    offline = not folder.exists() and not hub_answers()
     try:
         with warnings.catch_warnings():
             # diffusers passes an argument that newer clients of the hub warn of

@@ -30,25 +30,42 @@ def make_vae(folder: Path, seed: int = 0, channels: int = 4) -> Path:
     return folder
 
 
+ENCODER = "vit_tiny_patch16_224"
+
+
+def make_encoder(file: Path, seed: int = 0) -> Path:
+    """Random weights of `ENCODER`, as timm would publish them: 5.5M, with positions for 14 x 14 patches."""
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(seed)
+    network = timm.create_model(ENCODER, num_classes=0)
+    torch.nn.init.normal_(network.pos_embed, std=0.5)
+    save_file(network.state_dict(), file)
+    return file
+
+
 def make_store(
     folder: Path, count: int = 24, classes: int = 3, size: int = 8, channels: int = 4, seed: int = 0,
-    flips: bool = False, vae: Path | None = None, dtype: str = "float32", shard_size: int = 10,
+    flips: bool = False, images: bool = False, vae: Path | None = None, dtype: str = "float32", shard_size: int = 10,
 ) -> Path:  # fmt: skip
     """A store of random moments in several shards; made for images of 4 pixels to a latent."""
     rng = np.random.default_rng(seed)
     shape = (2 * channels, size, size)
     kinds = ("moments", "flips") if flips else ("moments",)
     settings = {"seed": seed, "count": count}
-    writer = LatentStoreWriter(folder, settings, dict.fromkeys(kinds, shape), dtype)
+    pictures = {"images": (4 * size, 4 * size, 3)} if images else {}
+    writer = LatentStoreWriter(folder, settings, dict.fromkeys(kinds, shape) | pictures, dtype)
     numbers = {kind: rng.standard_normal((count, *shape)).astype(dtype) for kind in kinds}
     for values in numbers.values():
         values[:, channels:] = 0.1 * np.abs(values[:, channels:])
     labels = rng.integers(0, classes, count)
+    numbers |= {kind: rng.integers(0, 256, (count, *row), dtype=np.uint8) for kind, row in pictures.items()}
     for index, begin in enumerate(range(0, count, shard_size)):
         rows = slice(begin, min(begin + shard_size, count))
         shard = writer.shard(index)
         paths = [f"{i}.png" for i in range(count)[rows]]
-        shard.append(len(paths), {kind: numbers[kind][rows] for kind in kinds}, labels[rows].tolist(), paths)
+        shard.append(len(paths), {kind: values[rows] for kind, values in numbers.items()}, labels[rows].tolist(), paths)
         shard.close()
     writer.finish(
         index + 1,

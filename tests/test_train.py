@@ -19,7 +19,7 @@ import checkpoint
 import cli
 import train
 from runlog import read_log
-from tests.stores import make_store, make_vae
+from tests.stores import ENCODER, make_encoder, make_store, make_vae
 from train_config import FREE_ON_RESUME, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,9 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """24 random latents of 3 classes, with mirror images."""
+    """24 random latents of 3 classes, with mirror images and crops."""
     folder = tmp_path_factory.mktemp("data")
-    make_store(folder / "store", flips=True)
+    make_store(folder / "store", flips=True, images=True)
     return folder / "store"
 
 
@@ -165,8 +165,9 @@ def plain(data, tmp_path_factory):
 
 CHANGES = {
     "seed": 1, "model": "SiT-Ti/8", "path_type": "cosine", "align": "none", "align_depth": 3, "align_weight": 0.5,
-    "align_layers": 4, "align_objective": "l2", "align_beta": 0.5, "align_time_range": (0.0, 0.5),
-    "align_target": "mean", "batch_size": 4, "learning_rate": 1e-4, "adam_beta1": 0.5, "adam_beta2": 0.5,
+    "align_schedule": "linear:2", "align_head": "conv", "align_normalize": True, "align_layers": 4,
+    "align_objective": "l2", "align_beta": 0.5, "align_time_range": (0.0, 0.5), "align_target": "mean", "batch_size": 4,
+    "learning_rate": 1e-4, "adam_beta1": 0.5, "adam_beta2": 0.5,
     "adam_weight_decay": 0.5, "adam_epsilon": 1e-3, "max_grad_norm": 0.01, "label_dropout": 1.0, "random_flip": True,
     "mixed_precision": "bf16", "num_classes": 4, "ema_decay": 0.5, "max_train_steps": 3,
 }  # fmt: skip
@@ -180,6 +181,38 @@ def test_every_flag_of_the_method_changes_the_result(name, data, tmp_path, plain
     assert same(weights(folder), model) == (name == "ema_decay")
 
 
+@pytest.fixture(scope="module")
+def encoder_weights(tmp_path_factory):
+    """Two files of random weights of timm's smallest ViT."""
+    return [make_encoder(tmp_path_factory.mktemp("encoder") / f"{seed}.safetensors", seed) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def joint_settings(encoder_weights):
+    # Blocks are identities at first: the teacher's depth shows once the later ones have been trained.
+    return {"align": "repa+sra", "repa_encoder": ENCODER, "repa_weights": encoder_weights[0], "max_train_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def joint(data, tmp_path_factory, joint_settings):
+    """Weights of a run of REPA and SRA, whose settings the next test changes."""
+    return weights(run(data, tmp_path_factory.mktemp("joint"), **joint_settings))
+
+
+JOINT_CHANGES = {
+    "repa_encoder": "deit_tiny_patch16_224", "repa_weights": "other", "repa_depth": (1, 3), "repa_weight": 0.1,
+    "repa_schedule": "off:1", "repa_objective": "l2", "repa_head": "conv", "repa_normalize": True, "sra_depth": 1,
+    "sra_teacher_depth": 5, "sra_t_max": 0.5, "sra_weight": 0.1, "sra_schedule": "cosine:2", "sra_objective": "cosine",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JOINT_CHANGES)
+def test_every_flag_of_repa_and_sra_changes_the_result(name, data, tmp_path, joint, joint_settings, encoder_weights):
+    value = encoder_weights[1] if name == "repa_weights" else JOINT_CHANGES[name]
+    changed = weights(run(data, tmp_path, **joint_settings | {name: value}))
+    assert not torch.equal(changed["sit.blocks.0.mlp.fc1.weight"], joint["sit.blocks.0.mlp.fc1.weight"])
+
+
 def test_what_may_change_on_resume_does_not_change_the_result(data, tmp_path, plain):
     folder = run(
         data, tmp_path, label_dropout=0.5, num_workers=2, checkpointing_steps=1, keep_last=1, keep_every=0, log_every=2,
@@ -191,7 +224,8 @@ def test_what_may_change_on_resume_does_not_change_the_result(data, tmp_path, pl
 
 def test_every_flag_is_either_free_on_resume_or_tested_above():
     elsewhere = {"allow_tf32"}  # shows on a GPU alone
-    assert {field.name for field in dataclasses.fields(TrainConfig)} == (FREE_ON_RESUME | set(CHANGES) | elsewhere), (
+    tested = set(CHANGES) | set(JOINT_CHANGES)
+    assert {field.name for field in dataclasses.fields(TrainConfig)} == (FREE_ON_RESUME | tested | elsewhere), (
         "a new flag needs a test of its effect"
     )
 
@@ -220,7 +254,7 @@ def test_logs_hold_what_is_promised(data, tmp_path, plain):
     with open(folder / "metrics.csv") as file:
         assert [{k: float(v) for k, v in line.items()} for line in csv.DictReader(file)] == rows
     saved = json.loads((folder / "config.json").read_text())
-    assert saved["config"]["align_depth"] == 2
+    assert saved["config"]["align_depth"] == [2]
     assert torch.__version__.startswith(saved["versions"]["torch"])
     assert "git_revision" in saved
 
@@ -289,8 +323,8 @@ def test_a_run_that_diverges_is_stopped(data, tmp_path):
         ({"num_classes": 2}, "--num-classes: expected at least 3.*found 2"),
         ({"model": "SiT-Q/2"}, "found 'SiT-Q/2'"),
         ({"model": "SiT-Ti/16"}, "found 'SiT-Ti/16'"),
-        ({"align_depth": 7}, r"1\.\.6 .*found 7"),
-        ({"align_depth": 0}, r"1\.\.6 .*found 0"),
+        ({"align_depth": 7}, r"--align-depth: .* 1\.\.6, .*found 7"),
+        ({"align_depth": 0}, r"--align-depth: .* 1\.\.6, .*found 0"),
         ({"align_layers": 9}, "--align-layers.*found 9"),
         ({"align_beta": 0.0}, "--align-beta"),
         ({"align_time_range": (0.6, 0.5)}, "--align-time-range"),
@@ -354,7 +388,7 @@ def test_a_user_sees_one_line_and_code_2(data, tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), *settings(data, tmp_path, align_depth=9)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: expected an alignment depth in 1..6")
+    assert done.stderr.splitlines()[-1].startswith("error: --align-depth: expected different blocks in 1..6")
     assert "Traceback" not in done.stderr
 
 
@@ -362,7 +396,7 @@ def test_config_file_and_repa_names_mean_the_same(data, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("proj-coeff: 0.5\nencoder_depth: 3\ncfg-prob: 0.2\n")
     config = cli.parse(TrainConfig, ["--data-dir", "x", "--config", str(file)])
-    assert (config.align_weight, config.align_depth, config.label_dropout) == (0.5, 3, 0.2)
+    assert (config.align_weight, config.align_depth, config.label_dropout) == (0.5, (3,), 0.2)
 
 
 def test_defaults_are_the_papers():

@@ -1,0 +1,157 @@
+"""Frozen image encoders, by timm, whose patch tokens REPA aligns a SiT with.
+
+Shape suffixes: N batch, R image side in pixels, T = side^2 patch tokens, D numbers per token.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.vae import hub_answers
+
+# Names as in REPA's --enc-type, and the weights in timm they stand for. Any other name of timm's can be given, too.
+ENCODERS = {
+    "dinov2-vit-s": "vit_small_patch14_dinov2.lvd142m",
+    "dinov2-vit-b": "vit_base_patch14_dinov2.lvd142m",
+    "dinov2-vit-l": "vit_large_patch14_dinov2.lvd142m",
+    "dinov2-vit-g": "vit_giant_patch14_dinov2.lvd142m",
+    "dinov2reg-vit-b": "vit_base_patch14_reg4_dinov2.lvd142m",
+    "dinov2reg-vit-l": "vit_large_patch14_reg4_dinov2.lvd142m",
+    "dinov2reg-vit-g": "vit_giant_patch14_reg4_dinov2.lvd142m",
+    "dinov3-vit-s": "vit_small_patch16_dinov3.lvd1689m",
+    "dinov3-vit-b": "vit_base_patch16_dinov3.lvd1689m",
+    "dinov3-vit-l": "vit_large_patch16_dinov3.lvd1689m",
+    "mae-vit-b": "vit_base_patch16_224.mae",
+    "mae-vit-l": "vit_large_patch16_224.mae",
+    "clip-vit-b": "vit_base_patch16_clip_quickgelu_224.openai",
+    "clip-vit-l": "vit_large_patch14_clip_quickgelu_224.openai",
+    "siglip-vit-b": "vit_base_patch16_siglip_256.webli",
+    "siglip-vit-l": "vit_large_patch16_siglip_256.webli",
+}
+
+
+class Encoder(nn.Module):
+    """Images to the patch tokens of a network of timm's, after its last norm, without class or register tokens.
+
+    As in REPA the image is normalised, then resized (bicubic, without antialiasing) so that it has as many patches as
+    the SiT has tokens.
+
+    Attributes:
+        dim: D.
+    """
+
+    def __init__(self, network: nn.Module, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.network, self.image_size, self.dim = network, image_size, network.num_features
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:  # (N, R, R, 3) uint8 -> (N, T, D)
+        """Tokens in the network's precision."""
+        x = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        if x.shape[-1] != self.image_size:
+            x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bicubic", align_corners=False)
+        dtype = next(self.network.parameters()).dtype
+        return self.network.forward_features(x.to(dtype))[:, self.network.num_prefix_tokens :]
+
+
+def load_encoder(
+    name: str, side: int, weights: str | Path | None = None, device: str | torch.device = "cpu"
+) -> Encoder:
+    """An encoder that gives side x side tokens: frozen, in bfloat16 on a GPU and float32 elsewhere.
+
+    Learned positions are resampled by timm to the new grid; rotary ones need no change.
+
+    Args:
+        name: a key of `ENCODERS`, or a vision transformer's name in timm.
+        side: tokens a side, as the SiT has them.
+        weights: file with its weights (.safetensors, or .pth without code), in timm's or the authors' own layout; by
+            default they come from the hub, or from its cache.
+
+    Raises:
+        ValueError: timm does not know the name; the network gives no such grid; the weights cannot be had.
+    """
+    import timm
+    from huggingface_hub import constants
+    from timm.data import resolve_model_data_config
+
+    timm_name = ENCODERS.get(name, name)
+    architecture, _, tag = timm_name.partition(".")
+    if not timm.is_model(architecture) or (tag and timm_name not in timm.list_pretrained(f"{architecture}.*")):
+        near = difflib.get_close_matches(
+            name, [*ENCODERS, *timm.list_models(), *timm.list_pretrained(f"{architecture}.*")], n=3
+        )
+        raise ValueError(
+            f"--repa-encoder: expected {', '.join(ENCODERS)} or another name of timm's, found {name!r}"
+            + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
+    with torch.device("meta"):
+        bare = timm.create_model(timm_name, num_classes=0)
+    patch = getattr(getattr(bare, "patch_embed", None), "patch_size", None)
+    if not isinstance(patch, tuple) or patch[0] != patch[1] or not hasattr(bare, "num_prefix_tokens"):
+        raise ValueError(f"--repa-encoder: expected a vision transformer with square patches, found {name!r}")
+    image_size = side * patch[0]
+    overlay = {}
+    if weights is not None:
+        overlay = {"state_dict": _read_weights(weights)}
+    elif not hub_answers():
+        constants.HF_HUB_OFFLINE = True  # its cache may hold them; asking the hub in vain takes most of a minute
+    try:
+        network = timm.create_model(
+            timm_name, pretrained=True, num_classes=0, img_size=image_size, pretrained_cfg_overlay=overlay
+        )
+    except TypeError as error:
+        raise ValueError(f"--repa-encoder: {name!r} cannot be set to images of side {image_size} ({error})") from error
+    except (OSError, RuntimeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if weights is not None:
+            raise ValueError(f"--repa-weights: expected weights of {timm_name}, found {weights} ({reason})") from error
+        raise ValueError(
+            f"--repa-encoder: cannot get the weights of {timm_name} ({reason}); without a network give a local file "
+            f"by --repa-weights"
+        ) from error
+    data = resolve_model_data_config(network)
+    encoder = Encoder(network, image_size, data["mean"], data["std"]).eval().requires_grad_(False)
+    tokens = encoder(torch.zeros(1, image_size, image_size, 3, dtype=torch.uint8))
+    if tokens.shape != (1, side**2, encoder.dim):
+        raise ValueError(
+            f"--repa-encoder: expected {side**2} tokens, as many as the SiT has, found an output "
+            f"{tuple(tokens.shape)} of {name!r}; choose another encoder"
+        )
+    encoder.to(device)
+    if encoder.mean.is_cuda:
+        encoder.network.to(torch.bfloat16)
+    return encoder
+
+
+def _read_weights(path: str | Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"--repa-weights: expected a file, found none at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"--repa-weights: expected tensors (.safetensors, or .pth that holds nothing else), found {path}, which "
+            f"cannot be read as such"
+        ) from error
+    for key in ("model", "state_dict", "teacher"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"--repa-weights: expected a dictionary of tensors, found a {type(content).__name__} in {path}"
+        )
+    return content
