@@ -255,7 +255,7 @@ def load_decoder(name: str, settings: dict[str, Any], device: torch.device) -> A
             f"expected images of side {settings['resolution']}, found {vae_factor(vae)} times latents of side "
             f"{latent_side} with the VAE {name}; the checkpoint and its VAE do not belong together"
         )
-    return vae.to(torch.bfloat16) if settings["vae_precision"] == "bf16" else vae
+    return vae.bfloat16() if settings["vae_precision"] == "bf16" else vae
 
 
 @dataclass

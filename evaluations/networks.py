@@ -379,12 +379,14 @@ def load_vae_features(folder: str | None, device: str | torch.device = "cpu") ->
     from safetensors import SafetensorError
 
     try:
-        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        vae = AutoencoderKL.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
+        )
     except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise ValueError(f"expected an AutoencoderKL in {folder}, found {_first_line(error)}; {fix}") from error
     digest = state_digest(vae.state_dict())
     device = torch.device(device)
-    vae = vae.to(device, torch.float32).eval().requires_grad_(False)
+    vae = vae.to(device).eval().requires_grad_(False)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
 
     def forward(images: torch.Tensor) -> dict[str, torch.Tensor]:
