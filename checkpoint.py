@@ -7,16 +7,19 @@
         optimizer.pt         optimizer state, tensors and plain values only
         state.json           step, settings of the run, latent scale, versions, git revision, digest of each file
 
-Nothing is ever unpickled: weights are safetensors, and `optimizer.pt` is read with `weights_only=True`.
+Nothing is ever unpickled: weights are safetensors, and `optimizer.pt` is read with `weights_only=True`. So are the
+files of other projects, which `load_sit` takes as well.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from models.convert import FORMATS, convert_state_dict
 from models.sit import SiT, SiTConfig
-from models.vae import LatentScale
+from models.vae import UNKNOWN_VAE, LatentScale
 
 FORMAT = "vae-repa-checkpoint"
 VERSION = 1
@@ -205,18 +209,25 @@ def load_sit(path: str | Path) -> tuple[SiT, dict[str, Any]]:
     """The SiT to sample with (the EMA weights), on the CPU in float32, in eval mode and frozen.
 
     Args:
-        path: a checkpoint `<run>/checkpoints/<step>`, or a run's folder, whose newest checkpoint is taken.
+        path: a checkpoint `<run>/checkpoints/<step>`; or a run's folder, whose newest checkpoint is taken; or a file of
+            SiT's, REPA's or SRA's (.pt, or .safetensors).
 
     Returns:
-        The model, and what is known of it: `source` (the folder), `step`, `digest` (SHA-256 of the weights), `scale`
-        (`LatentScale`), `vae`, `vae_digest`, `resolution`, `class_names`, `path_type`, and the rest of `state.json`.
+        The model, and what is known of it: `source` (the folder or file), `format` (ours is "vae-repa"), `read_as` (how
+        it was read, in words), `step`, `digest` (SHA-256 of the weights), `scale` (`LatentScale`), `vae`, `vae_digest`,
+        `resolution`, `class_names`, `path_type`, and the rest of `state.json`. Files of other projects record less:
+        there `step` may be None, and `scale` is None for latents of other than the SD-VAE's 4 channels.
 
     Raises:
-        ValueError: no checkpoint there, or a damaged one.
+        ValueError: no checkpoint there, a damaged one, or one that this project's SiT cannot stand for.
     """
     folder = Path(path)
+    if folder.is_file():
+        return _load_foreign(folder)
     if not folder.is_dir():
-        raise ValueError(f"not a checkpoint: {folder} is not a folder; expected <run>/checkpoints/<step>")
+        raise ValueError(
+            f"not a checkpoint: nothing at {folder}; expected <run>/checkpoints/<step>, or a .pt or .safetensors file"
+        )
     if not (folder / "state.json").is_file():
         newest = latest_checkpoint(folder)
         if newest is None:
@@ -228,7 +239,76 @@ def load_sit(path: str | Path) -> tuple[SiT, dict[str, Any]]:
     info = dict(state)
     info |= {
         "source": str(folder),
+        "format": "vae-repa",
+        "read_as": f"step {state['step']} of this project, EMA weights",
         "digest": state["digests"]["ema.safetensors"],
         "scale": LatentScale.from_dict(state["scale"]),
     }
     return model.eval().requires_grad_(False), info
+
+
+SD_VAE_SCALE = 0.18215  # the scale that the SD-VAE's config records, and that these projects train with
+FOREIGN_VAES = {  # what each project's training encodes with
+    "sit": "stabilityai/sd-vae-ft-ema",
+    "repa": "stabilityai/sd-vae-ft-mse",
+    "sra": "stabilityai/sd-vae-ft-ema",
+}
+FOREIGN_PATHS = {"linear": "linear", "cosine": "cosine", "cos": "cosine", "gvp": "cosine"}  # by lower-case name
+
+
+def _load_foreign(path: Path) -> tuple[SiT, dict[str, Any]]:
+    content = _read_foreign(path)
+    try:
+        config, state, kind, notes = convert_state_dict(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    args = content.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else {}
+    path_type = FOREIGN_PATHS.get(str(args.get("path_type", "linear")).lower())
+    if path_type is None or args.get("prediction", "v") not in ("v", "velocity"):
+        raise ValueError(
+            f"{path}: expected a velocity on a linear or cosine path, found a model that was trained to predict "
+            f"{args.get('prediction', 'v')} on the path {args.get('path_type')}"
+        )
+    model = SiT(config)
+    model.load_state_dict(state)
+    step = content.get("steps", content.get("train_steps"))
+    info = {
+        "source": str(path),
+        "format": kind,
+        "read_as": f"{FORMATS[kind]}'s file: {'; '.join(notes)}" if notes else f"{FORMATS[kind]}'s file",
+        "step": step if isinstance(step, int) else None,
+        "digest": file_digest(path),
+        "scale": LatentScale((SD_VAE_SCALE,), (0.0,)) if config.in_channels == 4 else None,
+        "vae": FOREIGN_VAES[kind],
+        "vae_digest": UNKNOWN_VAE,
+        "resolution": args.get("resolution") or args.get("image_size") or 8 * config.latent_size,
+        "class_names": [str(label) for label in range(config.num_classes)],
+        "path_type": path_type,
+    }
+    return model.eval().requires_grad_(False), info
+
+
+def _read_foreign(path: Path) -> dict[str, Any]:
+    """The tensors and plain values of a file of another project's.
+
+    Such files also hold their command line, as an `argparse.Namespace`: that one class is let through, which cannot run
+    code, and no other.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # Mapped where the file can be: it holds the optimizer's state, too, which nobody reads here.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, SafetensorError) as error:
+        reason = next(
+            (line for line in str(error).splitlines() if "nsupported" in line), "it is damaged, or no such file"
+        )
+        raise ValueError(
+            f"{path}: expected a checkpoint of tensors and plain values (.pt or .safetensors), found another "
+            f"({' '.join(reason.split())[:200]}); nothing in it was run"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a dictionary of tensors, found a {type(content).__name__}")
+    return content

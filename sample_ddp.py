@@ -44,7 +44,11 @@ NEIGHBOURS = 3  # of precision and recall, as in the ADM suite
 
 @dataclass(frozen=True)
 class SampleConfig:
-    checkpoint: str = flag(REQUIRED, "checkpoint <run>/checkpoints/<step>, or a run (its newest one)", group="files")
+    checkpoint: str = flag(
+        REQUIRED,
+        "checkpoint <run>/checkpoints/<step>, or a run (its newest one), or a file of SiT's, REPA's or SRA's",
+        group="files",
+    )
     output_dir: str | None = flag(
         None, "folder of the result; by default <run>/samples/ and a name made of the settings", group="files"
     )
@@ -173,6 +177,7 @@ def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch
     guided = config.guidance_scale != 1
     return {
         "checkpoint_digest": info["digest"],
+        "checkpoint_format": info["format"],
         "step": info["step"],
         "path_type": info["path_type"],
         "sampler": config.sampler,
@@ -203,11 +208,12 @@ def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch
 
 
 def default_folder(info: dict[str, Any], settings: dict[str, Any]) -> Path:
-    """`<run>/samples/0400000-sde250-cfg1.8-t0-0.7-seed0-n50000`."""
-    name = f"{settings['step']:07d}-{settings['sampler']}{settings['num_steps']}-cfg{settings['guidance_scale']:g}"
+    """`<run>/samples/0400000-sde250-cfg1.8-t0-0.7-seed0-n50000`; for a file beside it, with its name for the step."""
+    source = Path(info["source"]).absolute()
+    run_dir, model = (source.parent, source.stem) if source.is_file() else (source.parent.parent, source.name)
+    name = f"{model}-{settings['sampler']}{settings['num_steps']}-cfg{settings['guidance_scale']:g}"
     if settings["guidance_interval"] not in (None, [0.0, 1.0]):
         name += "-t{:g}-{:g}".format(*settings["guidance_interval"])
-    run_dir = Path(info["source"]).absolute().parent.parent
     return run_dir / "samples" / f"{name}-seed{settings['seed']}-n{settings['num_samples']}"
 
 
@@ -238,8 +244,6 @@ def load_decoder(name: str, settings: dict[str, Any], device: torch.device) -> A
     Raises:
         ValueError: it cannot be loaded, or is another one.
     """
-    import torch
-
     from models.vae import load_vae, vae_digest, vae_factor
 
     vae = load_vae(name, device)
@@ -486,6 +490,7 @@ def sample(config: SampleConfig, rank: int, processes: int) -> None:
     import provenance
     import sample_folder
     from checkpoint import load_sit
+    from models.vae import UNKNOWN_VAE, load_vae, vae_digest
 
     device = choose_device(config.device)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
@@ -493,6 +498,17 @@ def sample(config: SampleConfig, rank: int, processes: int) -> None:
     torch.backends.cudnn.deterministic = True
 
     sit, info = load_sit(config.checkpoint)
+    if info["scale"] is None:
+        raise ValueError(
+            f"--checkpoint {config.checkpoint}: expected a file that tells the scale of its latents, or latents of 4 "
+            f"channels (the SD-VAE's), found {sit.config.in_channels} channels; fine-tune it on a store by train.py "
+            f"--init-from, whose checkpoints tell it"
+        )
+    vae_name = config.vae or info["vae"]
+    if info["vae_digest"] == UNKNOWN_VAE:  # taken as it is, and held fast for this folder
+        info["vae_digest"] = vae_digest(load_vae(vae_name))
+        if rank == 0:
+            print(f"{config.checkpoint} does not say which VAE it was trained with: taking {vae_name}", flush=True)
     classes = choose_classes(config, len(info["class_names"]))
     settings = describe(config, sit, info, device)
     folder = Path(config.output_dir) if config.output_dir else default_folder(info, settings)
@@ -503,14 +519,13 @@ def sample(config: SampleConfig, rank: int, processes: int) -> None:
         if config.evaluate and not (folder / "metrics.json").is_file():
             raise ValueError(f"{folder} was drawn without --evaluate; run python -m evaluations.evaluate on it")
         return
-    vae_name = config.vae or info["vae"]
     drawer = Drawer(settings, sit.to(device), load_decoder(vae_name, settings, device), info, classes, device)
     evaluation = start_evaluation(config, vae_name, settings, device) if config.evaluate else None
 
     on_first(lambda: sample_folder.create(folder, settings))
     samples = sample_folder.UnfinishedSamples(folder, settings)
     if rank == 0:
-        print(f"{info['source']} (step {info['step']}) -> {folder}", flush=True)
+        print(f"{info['source']} ({info['read_as']}) -> {folder}", flush=True)
     begin, before = time.perf_counter(), samples.count()
     # Process 0's view of what is missing: another's may already have changed when a slow one looks.
     missing = on_first(lambda: [batch for batch, done in enumerate(samples.done()) if not done])

@@ -38,21 +38,52 @@ from loss import Alignment, training_loss
 from methods import METHODS, Batch, Context, Method, chosen
 from models.aligned import AlignedSiT
 from models.sit import SiT, SiTConfig
-from models.vae import LatentScale, decode_images, load_vae, vae_digest
+from models.vae import UNKNOWN_VAE, LatentScale, decode_images, load_vae, vae_digest
 from runlog import RunLog
 from samplers import guided_velocity, sample_ode
 from seeding import block_generator, numpy_generator, step_generator
 from train_config import CHANGEABLE_ON_RESUME, FREE_ON_RESUME, TrainConfig, resolve
 
 
-def build(config: TrainConfig, store: LatentDataset) -> tuple[SiT, SiT]:
-    """The SiT and its moving average, equal before the first step: a function of the seed, whatever is aligned."""
+def build(config: TrainConfig, store: LatentDataset, source: tuple[SiT, dict] | None) -> tuple[SiT, SiT]:
+    """The SiT and its moving average, equal before the first step: a function of the seed, whatever is aligned, or the
+    weights of `source`, as `load_sit` gives it."""
     channels, height, width = store.latent_shape
     if height != width:
         raise ValueError(f"expected square latents, found {height} x {width} in {config.data_dir}")
     torch.manual_seed(config.seed)
     sit = SiT(SiTConfig.from_name(config.model, height, channels, config.num_classes))
+    if source is not None:
+        take_weights(config, sit, *source, store.scale)
     return sit, copy.deepcopy(sit).eval().requires_grad_(False)
+
+
+def take_weights(config: TrainConfig, sit: SiT, source: SiT, info: dict, scale: LatentScale) -> None:
+    """Put the weights of `--init-from` into a new SiT. Its label table stays new where the classes are others.
+
+    Raises:
+        ValueError: another architecture or path.
+    """
+    found, expected = source.config.to_dict(), sit.config.to_dict()
+    wrong = [
+        f"{name} {found[name]} (this run: {value})"
+        for name, value in expected.items()
+        if found[name] != value and name != "num_classes"
+    ]
+    if info["path_type"] != config.path_type:
+        wrong.append(f"path {info['path_type']} (this run: {config.path_type})")
+    if wrong:
+        raise ValueError(f"--init-from {config.init_from}: expected a model as this run's, found {', '.join(wrong)}")
+    weights = source.state_dict()
+    if found["num_classes"] != expected["num_classes"]:
+        del weights["y_embedder.embedding_table.weight"]
+    sit.load_state_dict(weights, strict=False)
+    if info["scale"] not in (None, scale):
+        warnings.warn(
+            f"--init-from {config.init_from} was trained on latents scaled by {info['scale']}, {config.data_dir} has "
+            f"{scale}",
+            stacklevel=2,
+        )
 
 
 def make_heads(config: TrainConfig, methods: dict[str, Method]) -> dict[str, tuple[int, torch.nn.Module]]:
@@ -216,7 +247,9 @@ def prepare_run_folder(config: TrainConfig, data_digest: str) -> Path | None:
 def load_grid_vae(config: TrainConfig, store: LatentDataset, device: torch.device) -> torch.nn.Module:
     """The decoder of the grids, refused if it is not the VAE that made the store."""
     vae = load_vae(config.vae, device)
-    if vae_digest(vae) != store.meta["vae_digest"]:
+    if store.meta["vae_digest"] == UNKNOWN_VAE:
+        print(f"{config.data_dir} does not say which VAE made it: taking {config.vae}", flush=True)
+    elif vae_digest(vae) != store.meta["vae_digest"]:
         raise ValueError(f"--vae {config.vae} is not the VAE that made {config.data_dir} ({store.meta['vae']})")
     return vae
 
@@ -381,7 +414,8 @@ def main(argv: list[str] | None = None) -> None:
     draws_grids = config.sampling_steps > 0 and accelerator.is_main_process
     vae = load_grid_vae(config, store, accelerator.device) if draws_grids else None
 
-    sit, ema = (network.to(accelerator.device) for network in build(config, store))
+    source = checkpoint.load_sit(config.init_from) if config.init_from and not newest else None
+    sit, ema = (network.to(accelerator.device) for network in build(config, store, source))
     interpolant, epoch = Interpolant(config.path_type), len(store) / config.batch_size
     context = Context(config, sit, ema, interpolant, accelerator.device, accelerator.autocast, epoch)
     methods = {name: METHODS[name](context) for name in chosen(config.align)}
@@ -401,7 +435,14 @@ def main(argv: list[str] | None = None) -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(config, accelerator, model, sit, ema, optimizer, interpolant, methods, store.scale, len(store))
 
-    settings = {"config": dataclasses.asdict(config), "data_digest": data_digest} | provenance.stamp()
+    initial = checkpoint.read_state(newest).get("initial") if newest else None
+    if source is not None:
+        initial = {name: source[1][name] for name in ("source", "read_as", "digest")}
+        classes = source[0].config.num_classes
+        table = "" if classes == config.num_classes else f"; a new table of classes, {config.num_classes} for {classes}"
+        accelerator.print(f"starting from {initial['source']} ({initial['read_as']}{table})")
+    settings = {"config": dataclasses.asdict(config), "data_digest": data_digest, "initial": initial}
+    settings |= provenance.stamp()
     log = None
     if accelerator.is_main_process:
         config.run_dir.mkdir(parents=True, exist_ok=True)

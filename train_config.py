@@ -37,6 +37,9 @@ class TrainConfig:
     output_dir: str = flag("exps", "folder of all runs", group="run")
     exp_name: str | None = flag(None, "name of this run; by default made of model and alignment", group="run")
     resume: bool = flag(True, "go on from the newest checkpoint if the run's folder has one", group="run")
+    init_from: str | None = flag(
+        None, "start from these weights: a checkpoint or run of ours, or a file of SiT's, REPA's or SRA's", group="run"
+    )
     seed: int = flag(0, "seed of the initial weights and of every draw", group="run")
 
     model: str = flag("SiT-XL/2", "SiT-SIZE/PATCH: sizes Ti, S, B, L, XL; patches 1, 2, 4, 8", group="model")

@@ -133,6 +133,12 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+def time_frequencies() -> Tensor:  # -> (128,)
+    """Angles per unit of time, from 1 down to nearly 1 / 10,000."""
+    half = TIME_FREQUENCIES // 2
+    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+
+
 class TimestepEmbedder(nn.Module):
     """An MLP over sines and cosines of t in [0, 1], unscaled as in SiT."""
 
@@ -141,9 +147,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(TIME_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
-        half = TIME_FREQUENCIES // 2
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.register_buffer("frequencies", time_frequencies(), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:  # (N,) -> (N, D)
         angles = t[:, None] * self.frequencies

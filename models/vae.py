@@ -18,6 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+UNKNOWN_VAE = "unknown"  # in place of a digest, where it was not recorded which VAE made the latents
 UINT8_RULE = "floor(clamp(127.5 * x + 128, 0, 255))"
 
 

@@ -48,6 +48,7 @@ def make_encoder(file: Path, seed: int = 0) -> Path:
 def make_store(
     folder: Path, count: int = 24, classes: int = 3, size: int = 8, channels: int = 4, seed: int = 0,
     flips: bool = False, images: bool = False, vae: Path | None = None, dtype: str = "float32", shard_size: int = 10,
+    scale: float = 0.9,
 ) -> Path:  # fmt: skip
     """A store of random moments in several shards; made for images of 4 pixels to a latent."""
     rng = np.random.default_rng(seed)
@@ -71,7 +72,7 @@ def make_store(
         index + 1,
         {
             "vae": str(vae) if vae else "none", "vae_digest": vae_digest(load_vae(str(vae))) if vae else "none",
-            "scale": [0.9], "shift": [0.1], "scale_source": "config", "resolution": 4 * size, "crop": "adm-center",
+            "scale": [scale], "shift": [0.1], "scale_source": "config", "resolution": 4 * size, "crop": "adm-center",
             "class_names": [f"class {k}" for k in range(classes)], "settings": settings,
         },
     )  # fmt: skip

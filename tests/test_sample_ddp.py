@@ -399,7 +399,7 @@ def test_samples_of_other_settings_are_refused_by_name(checkpoint, whole, tmp_pa
         ({"classes": (1, K)}, "--classes: expected different numbers from 0 to 4, found 1 5"),
         ({"classes": (1, 1)}, "--classes: expected different numbers"),
         ({"sampler": "ddim"}, "invalid choice: 'ddim'"),
-        ({"checkpoint": "absent"}, "not a checkpoint: absent is not a folder"),
+        ({"checkpoint": "absent"}, "not a checkpoint: nothing at absent"),
         ({"checkpoint": "."}, "not a checkpoint"),
         ({"vae": "absent/folder/vae"}, "--vae: expected a folder with an AutoencoderKL"),
         ({"guidance_rescale": 1}, "unknown flag --guidance-rescale"),

@@ -126,7 +126,7 @@ def reference_forward(weights, config, x, t, y, taps=()):
                     tapped[place].append(tokens)
         shift, scale = np.split(linear("final_layer.adaLN_modulation.1", silu(c)), 2)
         patches = linear("final_layer.linear", normalise(tokens) * (1 + scale) + shift)
-        output = np.empty_like(image)
+        output = np.empty((patches.shape[1] // p**2, *image.shape[1:]))
         for row in range(side):
             for column in range(side):
                 patch = patches[row * side + column].reshape(p, p, -1).transpose(2, 0, 1)

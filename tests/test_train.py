@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,10 +165,10 @@ def plain(data, tmp_path_factory):
 
 
 CHANGES = {
-    "seed": 1, "model": "SiT-Ti/8", "path_type": "cosine", "align": "none", "align_depth": 3, "align_weight": 0.5,
-    "align_schedule": "linear:2", "align_head": "conv", "align_normalize": True, "align_layers": 4,
-    "align_objective": "l2", "align_beta": 0.5, "align_time_range": (0.0, 0.5), "align_target": "mean", "batch_size": 4,
-    "learning_rate": 1e-4, "adam_beta1": 0.5, "adam_beta2": 0.5,
+    "seed": 1, "init_from": "a run with another seed", "model": "SiT-Ti/8", "path_type": "cosine", "align": "none",
+    "align_depth": 3, "align_weight": 0.5, "align_schedule": "linear:2", "align_head": "conv", "align_normalize": True,
+    "align_layers": 4, "align_objective": "l2", "align_beta": 0.5, "align_time_range": (0.0, 0.5),
+    "align_target": "mean", "batch_size": 4, "learning_rate": 1e-4, "adam_beta1": 0.5, "adam_beta2": 0.5,
     "adam_weight_decay": 0.5, "adam_epsilon": 1e-3, "max_grad_norm": 0.01, "label_dropout": 1.0, "random_flip": True,
     "mixed_precision": "bf16", "num_classes": 4, "ema_decay": 0.5, "max_train_steps": 3,
 }  # fmt: skip
@@ -175,7 +176,10 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_flag_of_the_method_changes_the_result(name, data, tmp_path, plain):
-    folder = run(data, tmp_path, **{"label_dropout": 0.5, name: CHANGES[name]})
+    value = CHANGES[name]
+    if name == "init_from":
+        value = run(data, tmp_path / "source", label_dropout=0.5, seed=1)
+    folder = run(data, tmp_path, **{"label_dropout": 0.5, name: value})
     model, ema, _ = plain
     assert not same(weights(folder, "ema"), ema)
     assert same(weights(folder), model) == (name == "ema_decay")
@@ -211,6 +215,63 @@ def test_every_flag_of_repa_and_sra_changes_the_result(name, data, tmp_path, joi
     value = encoder_weights[1] if name == "repa_weights" else JOINT_CHANGES[name]
     changed = weights(run(data, tmp_path, **joint_settings | {name: value}))
     assert not torch.equal(changed["sit.blocks.0.mlp.fc1.weight"], joint["sit.blocks.0.mlp.fc1.weight"])
+
+
+def near(a, b):
+    """Equal but for steps of length 1e-30."""
+    return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=0, atol=1e-28) for name in a)
+
+
+def test_fine_tuning_starts_at_the_sources_average_with_fresh_moments(data, tmp_path):
+    source = run(data, tmp_path / "source", max_train_steps=3, learning_rate=3e-3, seed=1)
+    # No step has a length: what is saved is what it began with.
+    tuned = run(data, tmp_path, init_from=source, learning_rate=1e-30, adam_weight_decay=0.0)
+    start = weights(source, "ema")
+    assert near(weights(tuned, "ema"), start)
+    assert near({k.removeprefix("sit."): v for k, v in weights(tuned).items() if k.startswith("sit.")}, start)
+    saved = torch.load(checkpoint.latest_checkpoint(tuned) / "optimizer.pt", weights_only=True)
+    assert saved["optimizer"]["state"][0]["step"] == 2
+    initial = checkpoint.read_state(checkpoint.latest_checkpoint(tuned))["initial"]
+    assert initial["digest"] == checkpoint.load_sit(source)[1]["digest"]
+    # A run that goes on needs the source no more, and keeps its record.
+    shutil.rmtree(source)
+    run(data, tmp_path, init_from=source, learning_rate=1e-30, max_train_steps=3)
+    assert checkpoint.read_state(checkpoint.latest_checkpoint(tuned))["initial"] == initial
+
+
+def test_fine_tuning_on_other_classes_has_a_new_label_table(data, tmp_path, capsys):
+    source = run(data, tmp_path / "source", learning_rate=3e-3)
+    tuned = run(data, tmp_path, init_from=source, num_classes=7, learning_rate=1e-30, seed=2)
+    assert "a new table of classes, 7 for 3" in capsys.readouterr().out
+    found, start = weights(tuned, "ema"), weights(source, "ema")
+    table = found.pop("y_embedder.embedding_table.weight")
+    start.pop("y_embedder.embedding_table.weight")
+    assert near(found, start)
+    fresh = weights(run(data, tmp_path, exp_name="fresh", num_classes=7, learning_rate=1e-30, seed=2), "ema")
+    assert near({"table": table}, {"table": fresh["y_embedder.embedding_table.weight"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "SiT-Ti/8"}, r"--init-from .*patch_size 4 \(this run: 8\)"),
+        ({"model": "SiT-S/4"}, r"--init-from .*depth 6 \(this run: 12\), hidden_size 192"),
+        ({"path_type": "cosine"}, r"--init-from .*path linear \(this run: cosine\)"),
+        ({"init_from": "absent"}, r"not a checkpoint: nothing at absent"),
+    ],
+)
+def test_fine_tuning_another_model_is_refused(changes, message, data, tmp_path):
+    source = run(data, tmp_path / "source", max_train_steps=1)
+    with pytest.raises(ValueError, match=message) as error:
+        run(data, tmp_path / "out", **{"init_from": source} | changes)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_fine_tuning_warns_of_another_scale(data, tmp_path):
+    source = run(make_store(tmp_path / "store", scale=2.5), tmp_path / "source", max_train_steps=1)
+    with pytest.warns(UserWarning, match=r"was trained on latents scaled by .*2\.5"):
+        run(data, tmp_path, init_from=source)
 
 
 def test_what_may_change_on_resume_does_not_change_the_result(data, tmp_path, plain):

@@ -1,0 +1,144 @@
+"""State dicts of SiT, REPA and SRA, read as this project's SiT.
+
+REPA and SRA have our keys, and our direction of time. SiT itself differs in two facts, which both go into the weights,
+so that what comes out is a `SiT` like any other:
+
+- Its time runs the other way, t' = 1 - t, and its velocity is a derivative by t': ours is v(y, t) = -v_SiT(y, 1 - t).
+- It has twice the outputs ("learn_sigma"), of which the first C channels are the velocity and the others are not used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.sit import SIT_SIZES, SiT, SiTConfig, time_frequencies
+
+FORMATS = {"sit": "SiT", "repa": "REPA", "sra": "SRA"}
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|net|_orig_mod)\.")  # of DDP, EMA classes, torch.compile
+_HEADS = ("projectors.", "ap_head.")  # of REPA and SRA: not needed to sample
+_NEEDED = (  # what the config is read from
+    "x_embedder.proj.weight", "blocks.0.mlp.fc1.weight", "final_layer.linear.weight", "final_layer.linear.bias",
+    "t_embedder.mlp.0.weight", "y_embedder.embedding_table.weight", "pos_embed",
+)  # fmt: skip
+
+
+def convert_state_dict(content: Mapping[str, Any]) -> tuple[SiTConfig, dict[str, Tensor], str, list[str]]:
+    """The SiT in the content of a checkpoint file.
+
+    Args:
+        content: a state dict, or a dictionary that holds one as "ema" (preferred), "model" or "state_dict".
+
+    Returns:
+        Its config; its state dict in our keys and conventions, float32; its format, a key of `FORMATS`; and what was
+        done to read it, in words.
+
+    Raises:
+        ValueError: it holds no SiT, or one that ours cannot stand for.
+    """
+    state, notes = _find(content)
+    heads = sorted({name.split(".")[0] for name in state if name.startswith(_HEADS)})
+    state = {name: tensor.float() for name, tensor in state.items() if not name.startswith(_HEADS)}
+    if heads:
+        notes.append(f"{' and '.join(heads)} dropped")
+    if any(name.startswith("decoder_blocks.") for name in state):
+        state = _join_blocks(state)
+        notes.append("decoder_blocks renamed")
+    if any(".q_norm." in name or ".k_norm." in name for name in state):
+        raise ValueError("expected a SiT without qk_norm, found one with it; this project's SiT cannot stand for it")
+    config = _infer_config(state)
+    outputs, format_ = state["final_layer.linear.weight"].shape[0], "sra" if heads == ["ap_head"] else "repa"
+    if outputs == 2 * config.patch_dim:
+        state, format_ = _turn_time(_first_channels(state, config)), "sit"
+        notes.append("first half of the outputs taken (learn_sigma)")
+        notes.append("time reversed")
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in SiT(config).state_dict().items()}
+    found = {name: tensor.shape for name, tensor in state.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"expected the tensors of a SiT, found {len(wrong)} that are not: {name} is {_shape(found.get(name))}, "
+            f"in a SiT {_shape(expected.get(name))}"
+        )
+    return config, state, format_, notes
+
+
+def _find(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in `content` without wrappers' prefixes, and which one it is."""
+    notes = []
+    for name, words in (("ema", "EMA weights"), ("model", "raw weights, no EMA"), ("state_dict", "state_dict")):
+        if isinstance(content.get(name), Mapping):
+            content, notes = content[name], [words]
+            break
+    state = {_WRAPPERS.sub("", name): value for name, value in content.items() if isinstance(value, Tensor)}
+    missing = [key for key in _NEEDED if key not in state]
+    if missing:
+        known = ", ".join(list(state)[:3]) or "no tensors"
+        raise ValueError(f"expected a SiT's weights (with {missing[0]}), found {known}")
+    return state, notes
+
+
+def _join_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """REPA's earlier layout counted the blocks behind the aligned one anew, as `decoder_blocks`."""
+    first = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+
+    def renamed(name: str) -> str:
+        if not name.startswith("decoder_blocks."):
+            return name
+        _, index, rest = name.split(".", 2)
+        return f"blocks.{int(index) + first}.{rest}"
+
+    return {renamed(name): tensor for name, tensor in state.items()}
+
+
+def _infer_config(state: dict[str, Tensor]) -> SiTConfig:
+    hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    heads = [size[2] for size in SIT_SIZES.values() if size[:2] == (depth, hidden_size)]
+    if not heads:
+        raise ValueError(
+            f"expected a SiT of a known size ({', '.join(SIT_SIZES)}), found {depth} blocks of width {hidden_size}, "
+            f"whose number of attention heads the file does not tell"
+        )
+    return SiTConfig(
+        depth=depth,
+        hidden_size=hidden_size,
+        num_heads=heads[0],
+        patch_size=patch_size,
+        latent_size=round(state["pos_embed"].shape[1] ** 0.5) * patch_size,
+        in_channels=in_channels,
+        num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
+    )
+
+
+def _first_channels(state: dict[str, Tensor], config: SiTConfig) -> dict[str, Tensor]:
+    """The outputs that are the velocity, with its sign turned: those of a patch are (row, column, channel), 2C each."""
+    changed = {}
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        tensor = state[name].unflatten(0, (config.patch_size**2, 2 * config.in_channels))
+        changed[name] = -tensor[:, : config.in_channels].flatten(0, 1)
+    return state | changed
+
+
+def _turn_time(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first layer on the time's cosines and sines, so that it gives at t what it gave at 1 - t.
+
+    cos((1 - t) w) = cos w cos tw + sin w sin tw        sin((1 - t) w) = sin w cos tw - cos w sin tw
+    """
+    name = "t_embedder.mlp.0.weight"
+    frequencies = time_frequencies().double()
+    cos, sin = frequencies.cos(), frequencies.sin()
+    on_cos, on_sin = state[name].double().chunk(2, dim=1)  # (D, F) each
+    turned = torch.cat([on_cos * cos + on_sin * sin, on_cos * sin - on_sin * cos], dim=1)
+    return state | {name: turned.float()}
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else str(tuple(shape))
