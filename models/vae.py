@@ -81,10 +81,12 @@ def hub_answers() -> bool:
     return True
 
 
-def load_vae(
-    name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> AutoencoderKL:
-    """A diffusers `AutoencoderKL`, frozen and in eval mode, from the hub or from a local folder.
+def load_vae(name_or_path: str, device: str | torch.device = "cpu") -> AutoencoderKL:
+    """A diffusers `AutoencoderKL`, frozen, float32, in eval mode: from the hub, a local folder, or a file.
+
+    Args:
+        name_or_path: a name on the hub; a folder as diffusers saves it; or a .pt or .safetensors file in the layout of
+            latent diffusion's own code, such as VA-VAE's.
 
     Raises:
         ValueError: neither can be read; the message names `--vae`.
@@ -92,6 +94,14 @@ def load_vae(
     from diffusers import AutoencoderKL
 
     folder = Path(name_or_path)
+    if folder.is_file():
+        from models.convert_vae import read_ldm_file
+
+        try:
+            vae = read_ldm_file(folder)
+        except ValueError as error:
+            raise ValueError(f"--vae {name_or_path}: {error}") from error
+        return vae.to(device).eval().requires_grad_(False)
     subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
     offline = not folder.exists() and not hub_answers()
     try:
@@ -99,12 +109,15 @@ def load_vae(
             # diffusers passes an argument that newer clients of the hub warn of
             warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
             vae = AutoencoderKL.from_pretrained(
-                str(name_or_path), subfolder=subfolder, torch_dtype=dtype, local_files_only=folder.exists() or offline
+                str(name_or_path),
+                subfolder=subfolder,
+                torch_dtype=torch.float32,
+                local_files_only=folder.exists() or offline,
             )
     except (OSError, ValueError) as error:
         reason = "the hub cannot be reached" if offline else " ".join(str(error).split())[:200]
         raise ValueError(
-            f"--vae: expected a folder with an AutoencoderKL, or its name on the hub, found {name_or_path!r} "
+            f"--vae: expected a folder or file with an AutoencoderKL, or its name on the hub, found {name_or_path!r} "
             f"({reason}); without a network give a local folder"
         ) from error
     return vae.to(device).eval().requires_grad_(False)

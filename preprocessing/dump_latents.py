@@ -50,7 +50,9 @@ class DumpConfig:
     resolution: int = flag(256, "side of the square crop, in pixels", group="images")
     limit: int | None = flag(None, "take this many images, evenly spaced over the source", group="images")
     skip_corrupt: bool = flag(False, "leave out files that cannot be read, and list them in meta.json", group="images")
-    vae: str = flag("stabilityai/sd-vae-ft-mse", "AutoencoderKL: hub name or local folder", group="vae")
+    vae: str = flag(
+        "stabilityai/sd-vae-ft-mse", "AutoencoderKL: hub name, local folder, or file as VA-VAE's", group="vae"
+    )
     scale: str = flag(
         "config", "scale and shift of the latents: the VAE's own, or measured by channel", choices=("config", "auto"),
         group="vae",

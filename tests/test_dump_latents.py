@@ -405,7 +405,7 @@ def test_corrupt_files_stop_the_run_or_are_listed(vae, tmp_path):
         (["--limit", 0], "--limit: expected at least 1, found 0"),
         (["--batch-size", 0], "--batch-size: expected at least 1"),
         (["--source", "/no/such/folder"], "--source: .*nothing at"),
-        (["--vae", "/no/such/vae"], "--vae: expected a folder with an AutoencoderKL"),
+        (["--vae", "/no/such/vae"], "--vae: expected a folder or file with an AutoencoderKL"),
     ],
 )
 def test_bad_flags_are_refused_before_anything_is_written(more, message, images, vae, tmp_path):
