@@ -28,7 +28,6 @@ import provenance
 from cli import REQUIRED, flag
 from dataset import LatentDataset, LatentStoreWriter, ShardWriter, read_meta, shard_size
 from models.vae import (
-    LatentScale,
     decode_images,
     encode_moments,
     load_vae,
@@ -37,6 +36,7 @@ from models.vae import (
     vae_factor,
 )
 from preprocessing.images import Source, center_crop, decode, open_source
+from preprocessing.latent_scale import latent_statistics, measured_scale, scaled_deviation
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,6 @@ def encode(vae: torch.nn.Module, images: Tensor, config: DumpConfig) -> np.ndarr
     return moments.astype(config.dtype)
 
 
-def statistics(moments: np.ndarray) -> list[float]:  # (b, 2C, H, W) -> (1 + 2C,)
-    """Numbers per channel, then by channel the sums of posterior samples and of their squares, in expectation."""
-    mean, std = np.split(moments.astype(np.float64), 2, axis=1)
-    sums = [values.sum(axis=(0, 2, 3)) for values in (mean, mean**2 + std**2)]
-    return [float(mean[:, 0].size), *sums[0].tolist(), *sums[1].tolist()]
-
-
 def encode_shards(
     shards: list[tuple[ShardWriter, list[int]]], source: Source, vae: torch.nn.Module, config: DumpConfig, rank: int
 ) -> None:
@@ -160,7 +153,7 @@ def append_batch(shard: ShardWriter, batch: list, source: Source, vae: torch.nn.
         crops = np.stack([crop for _, crop in kept])
         images = torch.from_numpy(crops).to(vae.device)
         arrays["moments"] = encode(vae, images, config)
-        sums = statistics(arrays["moments"])
+        sums = latent_statistics(arrays["moments"])
         if config.flip:
             arrays["flips"] = encode(vae, images.flip(2), config)
         if config.keep_images:
@@ -173,26 +166,6 @@ def append_batch(shard: ShardWriter, batch: list, source: Source, vae: torch.nn.
         skipped=[{"path": name, "reason": reason} for name, reason in unread],
         statistics=sums,
     )
-
-
-def moments_of_scaled(sums: np.ndarray, scale: LatentScale) -> float:
-    """Deviation of all scaled posterior samples, from the summed `statistics`."""
-    channels = (len(sums) - 1) // 2
-    mean, square = sums[1 : 1 + channels] / sums[0], sums[1 + channels :] / sums[0]
-    factor, shift = (np.broadcast_to(values, channels) for values in (scale.scale, scale.shift))
-    scaled_mean = (mean - shift) * factor
-    scaled_square = (square - 2 * shift * mean + shift**2) * factor**2
-    return float(np.sqrt(scaled_square.mean() - scaled_mean.mean() ** 2))
-
-
-def measured_scale(sums: np.ndarray) -> LatentScale:
-    """Scale and shift that give each channel mean 0 and deviation 1, as the path to N(0, 1) supposes."""
-    channels = (len(sums) - 1) // 2
-    mean, square = sums[1 : 1 + channels] / sums[0], sums[1 + channels :] / sums[0]
-    deviation = np.sqrt(square - mean**2)
-    if not np.all(deviation > 0):
-        raise ValueError(f"--scale auto: expected latents that vary, found deviations {deviation.tolist()}; use config")
-    return LatentScale(tuple((1 / deviation).tolist()), tuple(mean.tolist()))
 
 
 def verify(config: DumpConfig, source: Source, vae: torch.nn.Module) -> None:
@@ -275,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
         "settings": settings, "versions": provenance.versions(),
     }  # fmt: skip
     meta = writer.finish(len(shards), meta)
-    deviation = moments_of_scaled(sums, scale)
+    deviation = scaled_deviation(sums, scale)
     print(
         f"{config.output_dir}: {meta['count']:,} images of {meta['num_classes']} classes, "
         f"{len(meta['skipped'])} skipped; latents {tuple(meta['latent_shape'])}, "
