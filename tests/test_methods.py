@@ -433,3 +433,12 @@ def test_compiled_methods_equal_eager_ones(data, repa, tmp_path):
     for row, other in zip(eager, compiled, strict=True):
         for name in ("loss", "velocity", "align_vae", "align_repa", "align_sra", "grad_norm"):
             assert other[name] == pytest.approx(row[name], rel=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_method_trains_in_bf16_on_a_gpu(compiled, data, repa, tmp_path):
+    options = {"align": "repa+sra+vae", "max_train_steps": 3, "mixed_precision": "bf16", "compile": compiled}
+    rows = read_log(run(data, tmp_path, **options, **repa))
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert load_encoder(ENCODER, 2, repa["repa_weights"], "cuda").network.pos_embed.dtype == torch.bfloat16
