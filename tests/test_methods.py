@@ -435,6 +435,7 @@ def test_compiled_methods_equal_eager_ones(data, repa, tmp_path):
             assert other[name] == pytest.approx(row[name], rel=1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_every_method_trains_in_bf16_on_a_gpu(compiled, data, repa, tmp_path):
