@@ -425,6 +425,9 @@ class StepSampler:
         num_steps: steps to give; endless if None.
         flip: give N + i in place of i with probability 1/2.
 
+    Attributes:
+        handed_out: the last step whose indices were given out, to be read ahead of the training.
+
     Raises:
         ValueError: the batch cannot be divided evenly.
     """
@@ -449,6 +452,7 @@ class StepSampler:
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
         self.start_step, self.num_steps, self.flip = start_step, num_steps, flip
+        self.handed_out = start_step
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def step_indices(self, step: int) -> np.ndarray:  # -> (B,) int64
@@ -471,7 +475,7 @@ class StepSampler:
         m = self.batch_size // (self.world_size * self.accumulation)
         step = self.start_step
         while self.num_steps is None or step < self.start_step + self.num_steps:
-            indices = self.step_indices(step)
+            indices, self.handed_out = self.step_indices(step), step
             for micro in range(self.accumulation):
                 first = (micro * self.world_size + self.rank) * m
                 yield indices[first : first + m].tolist()

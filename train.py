@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import functools
 import itertools
 import json
 import resource
+import sys
 import time
 import warnings
 from contextlib import nullcontext
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -33,12 +35,14 @@ import cli
 import provenance
 from dataset import LatentDataset, StepSampler
 from ema import update_ema
+from guard import StepGuard
 from interpolant import Interpolant
 from loss import Alignment, training_loss
 from methods import METHODS, Batch, Context, Method, chosen
 from models.aligned import AlignedSiT
 from models.sit import SiT, SiTConfig
 from models.vae import UNKNOWN_VAE, LatentScale, decode_images, load_vae, vae_digest
+from preemption import StopRequest, exit_code, ignore_signals
 from runlog import RunLog
 from samplers import guided_velocity, sample_ode
 from seeding import block_generator, numpy_generator, step_generator
@@ -106,6 +110,8 @@ class Run:
     sit: SiT  # the backbone inside `model`
     ema: SiT  # its moving average
     optimizer: torch.optim.Optimizer
+    guard: StepGuard
+    writer: checkpoint.CheckpointWriter
     interpolant: Interpolant
     methods: dict[str, Method]
     scale: LatentScale
@@ -116,11 +122,6 @@ class Run:
         return {
             term: method.alignment_at(step) for name, method in self.methods.items() for term in method.term_names(name)
         }
-
-    @property
-    def measured(self) -> list[str]:
-        """Names of what a step returns."""
-        return ["loss", "velocity", *(f"align_{term}" for term in self.alignments(0)), "grad_norm"]
 
 
 def draw(config: TrainConfig, step: int, sit: SiTConfig, device: torch.device) -> dict[str, Tensor]:
@@ -150,8 +151,8 @@ def make_targets(run: Run, batch: Batch, alignments: dict[str, Alignment]) -> di
     return targets
 
 
-def train_step(run: Run, step: int, micro_batches: list[dict[str, Tensor]]) -> Tensor:  # -> (losses + gradient norm,)
-    """Optimizer step number `step`, from 0. Returns this process's mean losses and the gradient's norm, unread."""
+def train_step(run: Run, step: int, micro_batches: list[dict[str, Tensor]]) -> None:
+    """Optimizer step number `step`, from 0, unless the guard refuses it. The guard keeps what was measured, unread."""
     config, accelerator, sit = run.config, run.accelerator, run.sit
     draws, alignments, losses = draw(config, step, sit.config, accelerator.device), run.alignments(step), []
     for index, data in enumerate(micro_batches):
@@ -168,10 +169,21 @@ def train_step(run: Run, step: int, micro_batches: list[dict[str, Tensor]]) -> T
             accelerator.backward(terms["total"] / len(micro_batches))
         losses.append(torch.stack(list(terms.values())).detach())
     gradient_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
+    values = torch.cat([torch.stack(losses).mean(dim=0), gradient_norm.detach().reshape(1)])
+    apply_step(run, refused=run.guard.judge(step, values))
+    update_ema(run.ema, sit, config.ema_decay)
+
+
+def apply_step(run: Run, refused: Tensor) -> None:
+    """The optimizer's step; where `refused` () is 1 it does nothing, moments included: AdamW looks on the device."""
+    optimizer, scaler = run.optimizer.optimizer, run.accelerator.scaler
+    if scaler is None:
+        optimizer.found_inf = refused
+    else:  # float16's scaler has such a number of its own, for gradients that overflow
+        for found in scaler._found_inf_per_device(optimizer).values():
+            found.copy_(torch.maximum(found, refused))
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    update_ema(run.ema, sit, config.ema_decay)
-    return torch.cat([torch.stack(losses).mean(dim=0), gradient_norm.detach().reshape(1)])
 
 
 @torch.no_grad()
@@ -216,7 +228,7 @@ def prepare_run_folder(config: TrainConfig, data_digest: str) -> Path | None:
     Raises:
         ValueError: the folder holds a run that is not to be resumed, or one of other settings or data.
     """
-    newest = checkpoint.latest_checkpoint(config.run_dir)
+    newest = checkpoint.newest_whole_checkpoint(config.run_dir)
     if newest is None:
         return None
     if not config.resume:
@@ -254,31 +266,44 @@ def load_grid_vae(config: TrainConfig, store: LatentDataset, device: torch.devic
     return vae
 
 
-def read_metrics(run: Run, step: int, sums: Tensor, steps: int, first_bad: Tensor, begin: float) -> dict[str, float]:
-    """One row of metrics over the last `steps` steps and all processes. Here alone the host waits for the device.
+def read_metrics(run: Run, step: int, begin: float) -> tuple[dict[str, float], bool]:
+    """One row of metrics over the steps since the last one and all processes; and whether the last step was applied, so
+    that the weights may be saved as good ones. Here alone the host waits for the device.
 
     Raises:
-        ValueError: a loss was not finite in one of those steps.
+        ValueError: too many steps in a row could not be applied, or the last one of the run.
     """
-    accelerator, config = run.accelerator, run.config
-    means = accelerator.reduce(sums / steps, "mean").tolist()
-    bad_step = int(accelerator.gather(first_bad.reshape(1)).min())
-    seconds = (time.perf_counter() - begin) / steps
-    if bad_step <= step:
+    config, verdict = run.config, run.guard.read()
+    seconds = (time.perf_counter() - begin) / (verdict.applied + verdict.skipped)
+    said = f"{verdict.skipped} steps up to step {step}, the first of them step {verdict.first_skipped}, "
+    said += f"had {', '.join(verdict.terms)} that are not finite" if verdict.terms else "had spikes of the gradient"
+    if verdict.longest_run >= config.max_bad_steps or (step == config.max_train_steps and not verdict.healthy):
+        run.writer.wait()
         saved = checkpoint.latest_checkpoint(config.run_dir)
         raise ValueError(
-            f"expected a finite loss, found one that is not at step {bad_step}; the last good checkpoint is "
-            f"{saved or 'none'}; fix: the same command with a lower --learning-rate or --max-grad-norm, or with "
-            f"--mixed-precision no"
+            f"expected finite losses and gradients, found {verdict.longest_run} steps in a row that were not applied "
+            f"(--max-bad-steps {config.max_bad_steps}): {said}; the last good checkpoint is {saved or 'none'}; fix: "
+            f"the same command with a lower --learning-rate or --max-grad-norm, or with --mixed-precision no"
         )
-    return {
+    if run.accelerator.is_main_process and verdict.terms:
+        warnings.warn(f"{said}; they were not applied", stacklevel=2)
+    if run.accelerator.is_main_process and verdict.spikes:
+        warnings.warn(
+            f"{verdict.spikes} steps up to step {step} had gradient norms up to {verdict.largest:.0f} running medians"
+            + (" and were not applied" if config.skip_spikes else " (--skip-spikes leaves such steps out)"),
+            stacklevel=2,
+        )
+    row = {
         "step": step,
         "epoch": step * config.batch_size / run.epoch_size,
-        **dict(zip(run.measured, means, strict=True)),
+        **verdict.means,
+        "skipped_steps": verdict.skipped,
+        "spikes": verdict.spikes,
         "images_per_second": config.batch_size / seconds,
-        "memory_gib": memory_gib(accelerator.device),
+        "memory_gib": memory_gib(run.accelerator.device),
         "eta_seconds": (config.max_train_steps - step) * seconds,
     }
+    return row, verdict.healthy
 
 
 def report(run: Run, row: dict[str, float], log: RunLog, progress: tqdm) -> None:
@@ -297,12 +322,15 @@ def report(run: Run, row: dict[str, float], log: RunLog, progress: tqdm) -> None
 
 
 def fit(run: Run, start: int, loader: DataLoader, log: RunLog, vae: torch.nn.Module | None, info: dict) -> None:
-    """The loop from step `start` to the last: train, log, save, sample."""
+    """The loop from step `start` to the last: train, log, save, sample; or until it is asked to stop.
+
+    Raises:
+        SystemExit: a signal asked for a stop. What is done has been saved.
+    """
     config, accelerator = run.config, run.accelerator
     device, main_process = accelerator.device, accelerator.is_main_process
-    batches = iter(loader)
-    first_bad = torch.full((), config.max_train_steps + 1, device=device)
-    sums, steps, begin = 0, 0, time.perf_counter()
+    batches, stop = iter(loader), StopRequest()
+    begin, stopped = time.perf_counter(), None
     progress = tqdm(
         range(start, config.max_train_steps), "training", config.max_train_steps,
         initial=start, disable=not main_process, dynamic_ncols=True,
@@ -312,29 +340,44 @@ def fit(run: Run, start: int, loader: DataLoader, log: RunLog, vae: torch.nn.Mod
             {name: values.to(device, non_blocking=True) for name, values in batch.items()}
             for batch in itertools.islice(batches, config.gradient_accumulation_steps)
         ]
-        values = train_step(run, index, micro_batches)
-        sums, steps, step = sums + values, steps + 1, index + 1
-        # Kept on the device: looking at the loss here would make the host wait in every step.
-        first_bad = torch.where(torch.isfinite(values[0]), first_bad, first_bad.clamp(max=step))
+        train_step(run, index, micro_batches)
+        step, stopped = index + 1, stop.agreed()
 
         last = step == config.max_train_steps
-        save = last or step % config.checkpointing_steps == 0
-        sample = config.sampling_steps and (last or step % config.sampling_steps == 0)
+        save = last or stopped or step % config.checkpointing_steps == 0
+        sample = config.sampling_steps and not stopped and (last or step % config.sampling_steps == 0)
         if not (save or sample or step % config.log_every == 0):
             continue
-        row = read_metrics(run, step, sums, steps, first_bad, begin)
+        row, healthy = read_metrics(run, step, begin)
         if main_process:
             report(run, row, log, progress)
-        if save and main_process:
-            trained = accelerator.unwrap_model(run.model)
-            checkpoint.save_checkpoint(
-                config.run_dir, step, trained, run.ema, run.optimizer.optimizer, info, accelerator.scaler
-            )
-            checkpoint.rotate_checkpoints(config.run_dir, config.keep_last, config.keep_every)
+        if save and healthy and main_process:
+            trained, optimizer = accelerator.unwrap_model(run.model), run.optimizer.optimizer
+            state = checkpoint.snapshot(trained, run.ema, optimizer, accelerator.scaler, run.guard.state_dict())
+            run.writer.save(step, state, info)
         if sample and main_process:
             report_grid(run, vae, step)
         accelerator.wait_for_everyone()
-        sums, steps, begin = 0, 0, time.perf_counter()
+        begin = time.perf_counter()
+        if stopped:
+            break
+    stop.close()
+    run.writer.finish()
+    if stopped and not last:
+        saved = checkpoint.latest_checkpoint(config.run_dir)
+        accelerator.print(f"stopped by {stopped.name} after step {step}; the same command goes on from {saved}")
+        accelerator.end_training()
+        sys.exit(exit_code(stopped))
+
+
+def dead_reader(error: RuntimeError, sampler: StepSampler, config: TrainConfig) -> ValueError:
+    """What to tell the user when torch reports that a process that reads data has died."""
+    samples = ", ".join(map(str, sampler.step_indices(sampler.handed_out)[:4]))
+    return ValueError(
+        f"a process that reads data died ({' '.join(str(error).split())[:200]}); the last samples handed out to be read "
+        f"are those of step {sampler.handed_out + 1} ({samples}, ...); look at the memory, and at the disk of "
+        f"{config.data_dir}"
+    )
 
 
 def _whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -402,15 +445,16 @@ def main(argv: list[str] | None = None) -> None:
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.run_dir,
-        kwargs_handlers=[ddp],
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.timeout))],
     )
     sampler = StepSampler(
         len(store), config.batch_size, config.seed, accelerator.process_index, accelerator.num_processes,
         config.gradient_accumulation_steps, start_step=start, flip=config.random_flip,
     )  # fmt: skip
     loader = DataLoader(
-        store, batch_sampler=sampler, collate_fn=_whole_batch, num_workers=config.num_workers, pin_memory=on_gpu
-    )
+        store, batch_sampler=sampler, collate_fn=_whole_batch, num_workers=config.num_workers, pin_memory=on_gpu,
+        worker_init_fn=ignore_signals,
+    )  # fmt: skip
     draws_grids = config.sampling_steps > 0 and accelerator.is_main_process
     vae = load_grid_vae(config, store, accelerator.device) if draws_grids else None
 
@@ -427,13 +471,22 @@ def main(argv: list[str] | None = None) -> None:
         model.parameters(), config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon,
         config.adam_weight_decay, fused=True,
     )  # fmt: skip
+    terms = [f"align_{term}" for term in model.heads]
+    guard = StepGuard(
+        ["loss", "velocity", *terms, "grad_norm"], accelerator.device, config.spike_factor, config.skip_spikes
+    )
     if newest:
-        checkpoint.load_checkpoint(newest, model, ema, optimizer, accelerator.scaler)
+        guard.load_state_dict(
+            checkpoint.load_checkpoint(newest, model, ema, optimizer, accelerator.scaler, verify=False)
+        )
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate  # may have been changed since
         accelerator.print(f"going on from {newest}")
     model, optimizer = accelerator.prepare(model, optimizer)
-    run = Run(config, accelerator, model, sit, ema, optimizer, interpolant, methods, store.scale, len(store))
+    writer = checkpoint.CheckpointWriter(config.run_dir, config.keep_last, config.keep_every)
+    run = Run(
+        config, accelerator, model, sit, ema, optimizer, guard, writer, interpolant, methods, store.scale, len(store)
+    )  # fmt: skip
 
     initial = checkpoint.read_state(newest).get("initial") if newest else None
     if source is not None:
@@ -457,7 +510,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     from_store = {name: store.meta[name] for name in ("vae", "vae_digest", "resolution", "class_names")}
     info = {**settings, **from_store, "scale": store.scale.to_dict(), "path_type": config.path_type}
-    fit(run, start, loader, log, vae, info)
+    try:
+        fit(run, start, loader, log, vae, info)
+    except RuntimeError as error:  # raised wherever the host happens to be
+        if "DataLoader worker" not in str(error):
+            raise
+        raise dead_reader(error, sampler, config) from error
     accelerator.end_training()
 
 

@@ -125,6 +125,15 @@ class TrainConfig:
         0.1, "share of labels replaced by the null class, for guidance", group="optimisation", aliases=("--cfg-prob",)
     )
 
+    max_bad_steps: int = flag(
+        20,
+        "stop after this many steps in a row that could not be applied: a loss or gradient was not finite",
+        group="stability",
+    )
+    spike_factor: float = flag(10.0, "report a gradient norm above this many running medians", group="stability")
+    skip_spikes: bool = flag(False, "do not apply such steps", group="stability")
+    timeout: int = flag(600, "seconds after which a process that waits for another gives up", group="stability")
+
     mixed_precision: str | None = flag(
         None,
         "precision of the network; bf16 on a GPU and no (float32) elsewhere unless set",
@@ -154,12 +163,13 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
-                     "keep_last", "log_every", "sampling_count", "sampling_num_steps"):  # fmt: skip
+                     "keep_last", "log_every", "sampling_count", "sampling_num_steps", "max_bad_steps",
+                     "timeout"):  # fmt: skip
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("sampling_steps", "num_workers", "keep_every", "align_weight", "repa_weight", "sra_weight",
                      "adam_weight_decay"):  # fmt: skip
             _check(self, name, getattr(self, name) >= 0, "at least 0")
-        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "spike_factor"):
             _check(self, name, getattr(self, name) > 0, "more than 0")
         for name in ("ema_decay", "label_dropout", "sra_t_max"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "a value in [0, 1]")
@@ -177,9 +187,10 @@ FREE_ON_RESUME = {
     "data_dir", "num_workers", "output_dir", "exp_name", "resume", "gradient_accumulation_steps", "max_train_steps",
     "compile", "checkpointing_steps", "keep_last", "keep_every", "log_every", "report_to", "tracker_project",
     "sampling_steps", "sampling_count", "sampling_guidance", "sampling_num_steps", "vae", "resolution",
+    "max_bad_steps", "timeout",
 }  # fmt: skip
 # Settings that may be changed when a run goes on, to bring one through an instability; a change is announced.
-CHANGEABLE_ON_RESUME = {"learning_rate", "max_grad_norm", "mixed_precision"}
+CHANGEABLE_ON_RESUME = {"learning_rate", "max_grad_norm", "mixed_precision", "spike_factor", "skip_spikes"}
 # Depths by size. VAE-REPA: Section 4.2; REPA: B, L and XL by its authors; SRA: XL by its authors, B the default of
 # their code. S, Ti, and SRA's of L are ours.
 DEFAULT_DEPTHS = {

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import threading
 
 import pytest
 import torch
@@ -50,8 +51,8 @@ def test_round_trip_restores_every_tensor(tmp_path):
         "config.json", "ema.safetensors", "model.safetensors", "optimizer.pt", "state.json"
     }  # fmt: skip
     other, other_ema, other_optimizer = make(1)
-    state = load_checkpoint(folder, other, other_ema, other_optimizer)
-    assert state["step"] == 7
+    load_checkpoint(folder, other, other_ema, other_optimizer)
+    assert checkpoint.read_state(folder)["step"] == 7
     assert equal(model.state_dict(), other.state_dict())
     assert equal(ema.state_dict(), other_ema.state_dict())
     saved, loaded = optimizer.state_dict(), other_optimizer.state_dict()
@@ -90,6 +91,30 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert latest_checkpoint(tmp_path / "elsewhere") is None
     assert save_checkpoint(tmp_path, 2, model, ema, optimizer, INFO) == latest_checkpoint(tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0000001", "0000002"]
+
+
+def test_what_is_written_in_the_background_is_what_was_given(tmp_path, monkeypatch):
+    model, ema, optimizer = make(0)
+    before, moments = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    go, write = threading.Event(), checkpoint.write_checkpoint
+    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *arguments: go.wait(60) and write(*arguments))
+    writer = checkpoint.CheckpointWriter(tmp_path, keep_last=1, keep_every=0)
+    writer.save(1, checkpoint.snapshot(model, ema, optimizer), INFO)
+    assert latest_checkpoint(tmp_path) is None  # training goes on
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for values in optimizer.state.values():
+            values["exp_avg"].zero_()
+    go.set()
+    writer.finish()
+    other, other_ema, other_optimizer = make(1)
+    load_checkpoint(tmp_path / "checkpoints" / "0000001", other, other_ema, other_optimizer)
+    assert equal(before, other.state_dict())
+    assert all(equal(moments[key], values) for key, values in other_optimizer.state_dict()["state"].items())
+    writer.save(2, checkpoint.snapshot(model, ema, None), INFO)
+    writer.finish()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["0000002"]
 
 
 def test_rotation_keeps_the_newest_and_every_mth(tmp_path):

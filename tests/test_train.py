@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import checkpoint
@@ -284,7 +286,10 @@ def test_what_may_change_on_resume_does_not_change_the_result(data, tmp_path, pl
 
 
 def test_every_flag_is_either_free_on_resume_or_tested_above():
-    elsewhere = {"allow_tf32"}  # shows on a GPU alone
+    elsewhere = {
+        "allow_tf32",  # shows on a GPU alone
+        "skip_spikes", "spike_factor",  # below
+    }  # fmt: skip
     tested = set(CHANGES) | set(JOINT_CHANGES)
     assert {field.name for field in dataclasses.fields(TrainConfig)} == (FREE_ON_RESUME | tested | elsewhere), (
         "a new flag needs a test of its effect"
@@ -305,8 +310,8 @@ def test_logs_hold_what_is_promised(data, tmp_path, plain):
     rows = read_log(folder)
     assert [row["step"] for row in rows] == [2, 4]
     for row in rows:
-        assert set(row) == {"step", "epoch", "loss", "velocity", "align_vae", "grad_norm", "images_per_second",
-                            "memory_gib", "eta_seconds"}  # fmt: skip
+        assert set(row) == {"step", "epoch", "loss", "velocity", "align_vae", "grad_norm", "skipped_steps",
+                            "spikes", "images_per_second", "memory_gib", "eta_seconds"}  # fmt: skip
         assert row["epoch"] == row["step"] * 6 / 24
         assert row["loss"] == pytest.approx(row["velocity"] + row["align_vae"], rel=1e-6)
         assert row["images_per_second"] > 0
@@ -357,23 +362,64 @@ def test_a_vae_that_did_not_make_the_store_is_refused(tmp_path):
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
-    compute, calls = train.training_loss, []
-
-    def infinite_at_step_3(*arguments):
-        calls.append(1)
-        losses = compute(*arguments)
-        return losses | {"total": losses["total"] * (float("inf") if len(calls) == 3 else 1)}
-
-    monkeypatch.setattr(train, "training_loss", infinite_at_step_3)
-    with pytest.raises(ValueError, match=r"not at step 3; the last good checkpoint is .*0000002; fix") as error:
-        run(data, tmp_path, max_train_steps=9, checkpointing_steps=2, log_every=50)
+    spoil(monkeypatch, {"total": dict.fromkeys(range(3, 20), math.inf)})
+    message = (
+        r"found 4 steps in a row that were not applied \(--max-bad-steps 4\): 2 steps up to step 6, the first of them "
+        r"step 5, had loss, grad_norm that are not finite; the last good checkpoint is .*0000002; fix"
+    )
+    warned = pytest.warns(UserWarning, match=r"2 steps up to step 4, the first of them step 3, .*they were not applied")
+    with warned, pytest.raises(ValueError, match=message) as error:
+        run(data, tmp_path, max_train_steps=19, checkpointing_steps=2, log_every=50, max_bad_steps=4)
     assert "\n" not in str(error.value)
+    # Step 4 was in the middle of it: its weights are not kept as good ones.
     assert [int(path.name) for path in checkpoint.checkpoints(tmp_path / "run")] == [2]
 
 
-def test_a_run_that_diverges_is_stopped(data, tmp_path):
-    with pytest.raises(ValueError, match="expected a finite loss, found one that is not at step 2"):
+def spoil(monkeypatch, factors):
+    """Multiply terms of the loss in some steps, counted from 1: {term: {step: factor}}."""
+    compute, calls = train.training_loss, []
+
+    def spoiled(*arguments):
+        calls.append(1)
+        losses = compute(*arguments)
+        return losses | {term: losses[term] * at.get(len(calls), 1) for term, at in factors.items()}
+
+    monkeypatch.setattr(train, "training_loss", spoiled)
+
+
+@pytest.mark.parametrize("term", ["total", "align_vae"])
+def test_a_step_that_is_not_finite_is_not_applied(term, data, tmp_path, monkeypatch):
+    """A total of infinity spoils the gradient; a term of infinity alone would not: the loss is looked at, too."""
+    good = run(data, tmp_path, exp_name="good", max_train_steps=2)
+    spoil(monkeypatch, {term: {3: math.inf}})
+    with pytest.warns(UserWarning, match=r"1 steps up to step 3, the first of them step 3"):
+        run(data, tmp_path, max_train_steps=4, checkpointing_steps=1, keep_last=9)
+    # Step 3 is in trouble and not saved; step 4 continues from the weights and moments of step 2.
+    monkeypatch.undo()
+    assert [int(path.name) for path in checkpoint.checkpoints(tmp_path / "run")] == [1, 2, 4]
+    rows = read_log(tmp_path / "run")
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 0]
+    assert math.isnan(rows[2]["loss"])
+    assert same(weights(good), load_file(tmp_path / "run" / "checkpoints" / "0000002" / "model.safetensors"))
+    state = torch.load(tmp_path / "run" / "checkpoints" / "0000004" / "optimizer.pt", weights_only=True)["optimizer"]
+    assert {float(values["step"]) for values in state["state"].values()} == {3.0}
+
+
+def test_a_run_that_ends_in_trouble_says_so(data, tmp_path):
+    with pytest.raises(ValueError, match=r"found 3 steps in a row.*the last good checkpoint is none"):
         run(data, tmp_path, max_train_steps=4, learning_rate=1e30)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_spike_is_reported_and_left_out_if_asked(skip, data, tmp_path, monkeypatch):
+    spoil(monkeypatch, {"total": {35: 1000.0}})
+    with pytest.warns(UserWarning, match=r"1 steps up to step 35 had gradient norms up to \d+ running medians"):
+        folder = run(data, tmp_path, max_train_steps=36, skip_spikes=skip, log_every=5, spike_factor=100.0)
+    rows = {row["step"]: row for row in read_log(folder)}
+    assert [step for step, row in rows.items() if row["spikes"]] == [35]
+    assert rows[35]["skipped_steps"] == skip
+    state = torch.load(checkpoint.latest_checkpoint(folder) / "optimizer.pt", weights_only=True)["optimizer"]
+    assert {float(values["step"]) for values in state["state"].values()} == {35.0 if skip else 36.0}
 
 
 @pytest.mark.parametrize(
@@ -437,12 +483,44 @@ def test_an_unstable_run_can_go_on_with_a_lower_learning_rate(data, tmp_path):
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-28)
 
 
-def test_a_damaged_checkpoint_is_named(data, tmp_path):
-    folder = run(data, tmp_path)
-    file = checkpoint.latest_checkpoint(folder) / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"damaged checkpoint.*model\.safetensors"):
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "ema.safetensors", "state.json"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(name, data, tmp_path, plain):
+    folder = run(data, tmp_path, label_dropout=0.5, checkpointing_steps=1)
+    file = checkpoint.latest_checkpoint(folder) / name
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match=rf"damaged checkpoint: .*0000002.*{name}.*going back to .*0000001"):
+        run(data, tmp_path, label_dropout=0.5, checkpointing_steps=1)
+    assert same(weights(folder), plain[0])
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(data, tmp_path):
+    folder = run(data, tmp_path, checkpointing_steps=1)
+    for path in checkpoint.checkpoints(folder):
+        (path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"expected a whole checkpoint in .*found 2 damaged; the newest: .*0000002"):
         run(data, tmp_path, max_train_steps=3)
+
+
+def test_a_full_disk_is_reported_and_training_goes_on(data, tmp_path, monkeypatch, capsys):
+    write, calls = checkpoint.save_file, []
+
+    def full(*arguments):
+        calls.append(1)
+        if len(calls) in (3, 5):  # of two files a checkpoint: the first of steps 2 and 3
+            Path(arguments[1]).write_bytes(b"begun")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    folder = run(data, tmp_path, max_train_steps=4, checkpointing_steps=1, keep_last=9)
+    told = capsys.readouterr().err
+    assert "warning: cannot write the checkpoint of step 2" in told
+    assert "No space left on device" in told
+    assert [int(path.name) for path in checkpoint.checkpoints(folder)] == [1, 4]
+    assert len(list((folder / "checkpoints").iterdir())) == 2  # nothing half-written takes up room
+    calls[:] = [1] * 4
+    with pytest.raises(ValueError, match=r"cannot write the checkpoint of step 5 .*last good one is .*0000004"):
+        run(data, tmp_path, max_train_steps=5, checkpointing_steps=1, keep_last=9)
 
 
 def test_a_user_sees_one_line_and_code_2(data, tmp_path):

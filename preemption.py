@@ -1,0 +1,67 @@
+"""Being asked to stop: by Ctrl-C, or by a scheduler that takes the machine away."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+GO_ON = 75  # exit code (EX_TEMPFAIL of sysexits.h): stopped as asked, the same command goes on
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Catches SIGTERM, SIGUSR1 (as SLURM sends) and Ctrl-C, so that the current step can be ended and saved.
+
+    A signal may reach one process, or all at different steps. So in each step the processes tell each other, on the
+    host and in the background, and act on what was said in the step before: they stop at the same step, and none waits.
+    A second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.pending: tuple[dist.Work, torch.Tensor] | None = None
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        print(f"{self.received.name}: ending the step, then saving", file=sys.stderr, flush=True)
+
+    def agreed(self) -> signal.Signals | None:
+        """The signal that all processes now know of. To be called once in each step by each of them."""
+        if self.group is None:
+            return self.received
+        told = None
+        if self.pending is not None:
+            work, number = self.pending
+            work.wait()
+            told = signal.Signals(int(number)) if number else None
+        number = torch.tensor(int(self.received or 0))
+        self.pending = dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group, async_op=True), number
+        return told
+
+    def close(self) -> None:
+        """Leave the signals as they were, and no exchange open."""
+        if self.pending is not None:
+            self.pending[0].wait()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+
+
+def ignore_signals(worker: int) -> None:
+    """For a process that reads data: its trainer ends it, not the signal that the whole group may get."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def exit_code(number: signal.Signals) -> int:
+    """Of a run that was stopped by a signal and saved: 130 for Ctrl-C as shells have it, else `GO_ON`."""
+    return 130 if number == signal.SIGINT else GO_ON
