@@ -374,8 +374,8 @@ def dead_reader(error: RuntimeError, sampler: StepSampler, config: TrainConfig) 
     """What to tell the user when torch reports that a process that reads data has died."""
     samples = ", ".join(map(str, sampler.step_indices(sampler.handed_out)[:4]))
     return ValueError(
-        f"a process that reads data died ({' '.join(str(error).split())[:200]}); the last samples handed out to be read "
-        f"are those of step {sampler.handed_out + 1} ({samples}, ...); look at the memory, and at the disk of "
+        f"a process that reads data died ({' '.join(str(error).split())[:200]}); the last samples handed out to be "
+        f"read are those of step {sampler.handed_out + 1} ({samples}, ...); look at the memory, and at the disk of "
         f"{config.data_dir}"
     )
 
@@ -431,6 +431,9 @@ def main(argv: list[str] | None = None) -> None:
     on_gpu = torch.cuda.is_available()
     store = LatentDataset(config.data_dir, images="repa" in chosen(config.align))
     config = resolve(config, store, on_gpu)
+    damaged = store.verify_digests() if config.verify_data else []
+    if damaged:
+        raise ValueError(f"damaged store {config.data_dir}: {', '.join(damaged)} changed since; dump the images again")
     data_digest = checkpoint.file_digest(Path(config.data_dir) / "meta.json")
     newest = prepare_run_folder(config, data_digest)
     start = int(newest.name) if newest else 0

@@ -33,6 +33,7 @@ class TrainConfig:
     num_classes: int | None = flag(None, "classes the model can tell apart, at least the store's", group="data")
     random_flip: bool = flag(False, "mirror each image with probability 1/2 (store made with --flip)", group="data")
     num_workers: int = flag(2, "processes that read the store, per GPU", group="data")
+    verify_data: bool = flag(False, "compare the digests of the whole store before the first step", group="data")
 
     output_dir: str = flag("exps", "folder of all runs", group="run")
     exp_name: str | None = flag(None, "name of this run; by default made of model and alignment", group="run")
@@ -187,7 +188,7 @@ FREE_ON_RESUME = {
     "data_dir", "num_workers", "output_dir", "exp_name", "resume", "gradient_accumulation_steps", "max_train_steps",
     "compile", "checkpointing_steps", "keep_last", "keep_every", "log_every", "report_to", "tracker_project",
     "sampling_steps", "sampling_count", "sampling_guidance", "sampling_num_steps", "vae", "resolution",
-    "max_bad_steps", "timeout",
+    "max_bad_steps", "timeout", "verify_data",
 }  # fmt: skip
 # Settings that may be changed when a run goes on, to bring one through an instability; a change is announced.
 CHANGEABLE_ON_RESUME = {"learning_rate", "max_grad_norm", "mixed_precision", "spike_factor", "skip_spikes"}

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 # Only these are looked at; what is inside is decided by content, so that a PNG named .jpg is read.
+MAX_FILE_BYTES = 2**30  # of a packed file: more would fill the memory before anything could be said of it
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
 
@@ -126,7 +127,10 @@ class ZipSource:
     def read(self, index: int) -> bytes:
         if self._archive is None:
             self._archive = zipfile.ZipFile(self.path)
-        return self._archive.read(self.prefix + self.names[index])
+        member = self._archive.getinfo(self.prefix + self.names[index])
+        if member.file_size > MAX_FILE_BYTES:
+            raise OSError(f"{member.file_size:,} bytes when unpacked, no image has more than {MAX_FILE_BYTES:,}")
+        return self._archive.read(member)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_archive": None}  # an open file is not shared between processes

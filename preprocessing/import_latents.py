@@ -183,7 +183,7 @@ def _read_moments(path: Path, shape: tuple[int, ...] | None) -> np.ndarray:  # -
 def _read_image(path: Path, resolution: int | None) -> np.ndarray:  # -> (R, R, 3)
     try:
         image = np.asarray(Image.open(path).convert("RGB"))
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"expected an image, found {path}, which cannot be read") from error
     if image.shape[0] != image.shape[1] or image.shape[0] != (resolution or image.shape[0]):
         raise ValueError(f"expected square images of side {resolution or 'R'}, found {image.shape[:2]} in {path}")
