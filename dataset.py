@@ -275,9 +275,7 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
         if (folder / "partial").is_dir():
-            raise ValueError(
-                f"unfinished latent store {folder}: run the same dump_latents.py command again to finish it"
-            )
+            raise ValueError(f"unfinished latent store {folder}: run the same command again to finish it")
         raise ValueError(f"expected a latent store, found no meta.json in {folder}; make one by dump_latents.py")
     meta = _read_json(folder / "meta.json")
     if not isinstance(meta, dict) or (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):

@@ -54,7 +54,7 @@ class SampleConfig:
     )
     vae: str | None = flag(
         None,
-        "hub name or local folder of the VAE, if not where the checkpoint says; must be the same VAE",
+        "hub name, local folder or file of the VAE, if not where the checkpoint says; must be the same VAE",
         group="files",
     )
     npz: bool = flag(True, "write samples.npz", group="files")
@@ -253,11 +253,12 @@ def load_decoder(name: str, settings: dict[str, Any], device: torch.device) -> A
             f"--vae: expected the VAE of the checkpoint (digest {settings['vae_digest'][:12]}...), "
             f"found another in {name} ({found[:12]}...); give the one that dumped the latents"
         )
-    latent_side = settings["latent_shape"][1]
-    if vae_factor(vae) * latent_side != settings["resolution"]:
+    channels, latent_side, _ = settings["latent_shape"]
+    if vae_factor(vae) * latent_side != settings["resolution"] or vae.config.latent_channels != channels:
         raise ValueError(
-            f"expected images of side {settings['resolution']}, found {vae_factor(vae)} times latents of side "
-            f"{latent_side} with the VAE {name}; the checkpoint and its VAE do not belong together"
+            f"expected images of side {settings['resolution']} from latents of {channels} channels, found "
+            f"{vae_factor(vae)} times latents of side {latent_side} and {vae.config.latent_channels} channels with the "
+            f"VAE {name}; the checkpoint and its VAE do not belong together"
         )
     return vae.bfloat16() if settings["vae_precision"] == "bf16" else vae
 

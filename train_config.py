@@ -159,7 +159,7 @@ class TrainConfig:
     sampling_guidance: float = flag(4.0, "guidance scale of a grid (1: none)", group="sampling")
     sampling_num_steps: int = flag(50, "Euler steps of a grid", group="sampling")
     vae: str | None = flag(
-        None, "VAE that decodes the grids: hub name or local folder; by default the store's", group="sampling"
+        None, "VAE that decodes the grids: hub name, local folder or file; by default the store's", group="sampling"
     )
 
     def __post_init__(self):

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 _PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
-_PREFIXES = ("", "module.", "first_stage_model.", "vae.", "model.")
+_FIRST = "encoder.conv_in.weight"
+_NEEDED = (_FIRST, "encoder.down.0.block.0.conv1.weight", "encoder.conv_out.weight", "decoder.conv_out.weight")
 _GROUPS = 32  # of every norm in that code
 _MODULES = [  # in the other code, and in diffusers; {i} a level, {j} a block of it
     (r"encoder\.down\.(?P<i>\d+)\.block\.(?P<j>\d+)", "encoder.down_blocks.{i}.resnets.{j}"),
@@ -59,6 +60,8 @@ def autoencoder_from_ldm(state: dict[str, Any]) -> AutoencoderKL:
     attention = [f"encoder.down.{i}.attn.0.q.weight" in state for i in range(levels)]
     blocks = len({name.split(".")[4] for name in state if name.startswith("encoder.down.0.block.")})
     latent_channels = state["encoder.conv_out.weight"].shape[0] // 2
+    if any(number % _GROUPS for number in channels):
+        raise ValueError(f"expected channels in {_GROUPS} groups, as that layout has them, found {channels}")
     model = AutoencoderKL(
         in_channels=state["encoder.conv_in.weight"].shape[1],
         out_channels=state["decoder.conv_out.weight"].shape[0],
@@ -89,16 +92,21 @@ def autoencoder_from_ldm(state: dict[str, Any]) -> AutoencoderKL:
 
 def _strip(state: dict[str, Any]) -> dict[str, Tensor]:
     """The autoencoder's own tensors, without a prefix."""
-    for prefix in _PREFIXES:
-        if f"{prefix}encoder.conv_in.weight" in state and f"{prefix}decoder.conv_out.weight" in state:
-            names = {name: name.removeprefix(prefix) for name in state if name.startswith(prefix)}
-            return {
-                bare: state[name]
-                for name, bare in names.items()
-                if bare.split(".")[0] in _PARTS and isinstance(state[name], Tensor)
-            }
+    prefixes = [name.removesuffix(_FIRST) for name in state if name.endswith(_FIRST)]
+    for prefix in sorted(prefixes, key=len):  # the shortest: a loss may hold an encoder of its own
+        names = {name: name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+        own = {
+            bare: state[name]
+            for name, bare in names.items()
+            if bare.split(".")[0] in _PARTS and isinstance(state[name], Tensor)
+        }
+        if all(name in own for name in _NEEDED):
+            return own
+    if any(name.startswith("encoder.down_blocks.") for name in state):
+        raise ValueError("expected latent diffusion's layout, found diffusers'; give its folder (with config.json)")
+    missing = next((name for name in _NEEDED if not any(key.endswith(name) for key in state)), _FIRST)
     raise ValueError(
-        f"expected an autoencoder in latent diffusion's layout (with encoder.conv_in.weight), "
+        f"expected an autoencoder in latent diffusion's layout (with {missing}), "
         f"found {', '.join(list(state)[:3]) or 'nothing'}"
     )
 

@@ -15,6 +15,7 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from models.vae import UNKNOWN_VAE, LatentScale, load_vae, vae_digest
 from preprocessing.latent_scale import latent_statistics, measured_scale, scaled_deviation
 
 BATCH = 256  # images written at once
+READERS = 16  # threads: they wait for the disk, and Pillow decodes without Python's lock
 SD_VAE_SCALE = 0.18215  # what REPA trains with: the scale that the SD-VAE's config records
 DEFAULT_VAES = {"repa": "stabilityai/sd-vae-ft-mse", "lightningdit": "hustvl/vavae-imagenet256-f16d32-dinov2"}
 FACTORS = {"repa": 8, "lightningdit": 16}  # pixels to a latent, of those VAEs
@@ -154,11 +156,13 @@ def open_repa(features: Path, images: Path | None) -> Dump:
             raise ValueError(f"expected an image in {images} for each of {len(files)} latents, found {len(pictures)}")
         resolution = _read_image(pictures[0], None).shape[0]
 
+    pool = ThreadPoolExecutor(READERS)
+
     def read(begin: int, end: int) -> dict[str, np.ndarray]:
-        arrays = {"moments": np.stack([_read_moments(features / name, shape) for name in files[begin:end]])}
-        if images is not None:
-            arrays["images"] = np.stack([_read_image(path, resolution) for path in pictures[begin:end]])
-        return arrays
+        moments = pool.map(lambda name: _read_moments(features / name, shape), files[begin:end])
+        crops = pool.map(lambda path: _read_image(path, resolution), pictures[begin:end])
+        arrays = {"moments": np.stack(list(moments))}
+        return arrays | ({"images": np.stack(list(crops))} if images is not None else {})
 
     listing = "".join(f"{labels[name]} {name} {(features / name).stat().st_size}\n" for name in files)
     return Dump(

@@ -163,11 +163,12 @@ def test_a_converted_autoencoder_is_the_layouts_own_forward(shape):
     assert scale_from_config(vae) == LatentScale((1.0,), (0.0,))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "first_stage_model."])
+@pytest.mark.parametrize("prefix", ["", "module.", "module.first_stage_model."])
 @pytest.mark.parametrize("suffix", ["pt", "ckpt", "safetensors"])
 def test_load_vae_takes_a_file(prefix, suffix, tmp_path):
     state = ldm_state(**SMALL)
     content = {prefix + name: value for name, value in state.items()}
+    content |= {"loss.discriminator.encoder.conv_in.weight": torch.zeros(3)}
     content |= {"loss.discriminator.main.0.weight": torch.zeros(3), "foundation_model.blocks.0.weight": torch.zeros(2)}
     file = tmp_path / f"vae.{suffix}"
     if suffix == "safetensors":
@@ -215,6 +216,12 @@ def test_what_is_no_such_autoencoder_is_named(tmp_path):
     assert "found a list" in refused([1])
     assert "cannot be read as such" in refused({"state_dict": state, "hook": Dangerous(tmp_path / "ran")})
     assert not (tmp_path / "ran").exists()
+    assert "expected channels in 32 groups" in refused(ldm_state(48, (1, 1), 1, (), 4))
+    down = {name: value for name, value in state.items() if not name.startswith("encoder.down")}
+    assert "(with encoder.down.0.block.0.conv1.weight)" in refused(down)
+    assert "found diffusers'; give its folder" in refused(
+        {"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}
+    )
     lacking = {name: value for name, value in state.items() if name != "decoder.up.1.block.2.conv2.bias"}
     assert "decoder.up_blocks.1.resnets.2.conv2.bias is absent, there (64,)" in refused(lacking)
     half = {name: value for name, value in state.items() if not name.startswith("encoder.down.2.attn.1")}
