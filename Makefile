@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test check lint bench
+.PHONY: demo test check lint bench bench-faults
 
 demo: .venv/installed
 	$(BIN)/python -m demo.run
@@ -20,6 +20,9 @@ lint: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks.run
+
+bench-faults: .venv/installed-dev ## kills, flipped bits, cut files, a long run: half an hour
+	$(BIN)/python -m benchmarks.bench_faults
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: expected Python 3.10 or newer, found %d.%d; set PYTHON=" % sys.version_info[:2])'

@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_map_only
 from models.convert import FORMATS, convert_state_dict
 from models.sit import SiT, SiTConfig
 from models.vae import UNKNOWN_VAE, LatentScale
+from sealed import seal, unseal
 
 FORMAT = "vae-repa-checkpoint"
 VERSION = 1
@@ -90,7 +91,7 @@ def write_checkpoint(run_dir: str | Path, step: int, content: dict[str, Any], in
             torch.save(content["optimizer"], partial / "optimizer.pt")
         digests = {file.name: file_digest(file) for file in sorted(partial.iterdir())}
         state = {"format": FORMAT, "version": VERSION, "step": step, **info, "digests": digests}
-        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        (partial / "state.json").write_text(seal(state))
         for file in partial.iterdir():
             _flush(file)
         _flush(partial)
@@ -241,25 +242,18 @@ def read_state(folder: str | Path) -> dict[str, Any]:
         ValueError: it is missing, damaged, or of another format.
     """
     folder = Path(folder)
-    state = _read_json(folder / "state.json")
-    if state.get("format") != FORMAT or state.get("version") != VERSION or not isinstance(state.get("digests"), dict):
+    if not (folder / "state.json").is_file():
+        raise ValueError(f"not a checkpoint: {folder} has no state.json; expected <run>/checkpoints/<step>")
+    try:
+        state = unseal((folder / "state.json").read_text())
+    except ValueError as error:  # of JSON and of UTF-8, too
+        raise ValueError(f"damaged checkpoint: {folder / 'state.json'}: {error}; use an older one") from error
+    if state.get("format") != FORMAT or state.get("version") != VERSION:
         raise ValueError(
             f"expected a checkpoint of format {FORMAT} {VERSION}, "
             f"found {state.get('format')} {state.get('version')} in {folder}"
         )
     return state
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"not a checkpoint: {path.parent} has no {path.name}; expected <run>/checkpoints/<step>")
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"damaged checkpoint: {path} is not JSON ({error}); use an older one") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"damaged checkpoint: {path} does not hold settings; use an older one")
-    return content
 
 
 def _verified(folder: Path, name: str, state: dict[str, Any]) -> Path:
@@ -348,7 +342,7 @@ def load_sit(path: str | Path) -> tuple[SiT, dict[str, Any]]:
             raise ValueError(f"not a checkpoint: {folder} holds neither state.json nor checkpoints/<step>/state.json")
         folder = newest
     state = read_state(folder)
-    model = SiT(SiTConfig.from_dict(_read_json(_verified(folder, "config.json", state))))
+    model = SiT(SiTConfig.from_dict(json.loads(_verified(folder, "config.json", state).read_text())))
     _load_weights(model, _verified(folder, "ema.safetensors", state))
     info = dict(state)
     info |= {

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from models.vae import LatentScale
+from sealed import seal, unseal
 from seeding import numpy_generator
 
 FORMAT = "vae-repa-latents"
@@ -121,7 +122,7 @@ class LatentStoreWriter:
             "paths_sha256": _file_digest(self.folder / "paths.txt"),
             "skipped": [entry for record in records for entry in record["skipped"]],
         }
-        _write_whole(self.folder / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
+        _write_whole(self.folder / "meta.json", seal(meta).encode())
         shutil.rmtree(self.records)
         return meta
 
@@ -277,8 +278,11 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
         if (folder / "partial").is_dir():
             raise ValueError(f"unfinished latent store {folder}: run the same command again to finish it")
         raise ValueError(f"expected a latent store, found no meta.json in {folder}; make one by dump_latents.py")
-    meta = _read_json(folder / "meta.json")
-    if not isinstance(meta, dict) or (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
+    try:
+        meta = unseal((folder / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"damaged store: {folder / 'meta.json'}: {error}; dump the images again") from error
+    if (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"expected a latent store of format {FORMAT} {VERSION}, found another meta.json in {folder}")
     return meta
 

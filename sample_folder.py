@@ -16,6 +16,7 @@ Shape suffixes: N images, B images of a batch, R image side.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -118,6 +119,7 @@ class UnfinishedSamples:
         with _full_disk_named(self.folder):
             if self.npz:
                 write_npz(self.partial / "samples.npz", self.partial / "images.raw", self.shape, labels)
+                record = record | {"npz_sha256": _file_digest(self.partial / "samples.npz")}
                 os.replace(self.partial / "samples.npz", self.folder / "samples.npz")
             write_grid(self.partial / "samples.png", self.partial / "images.raw", self.shape)
             os.replace(self.partial / "samples.png", self.folder / "samples.png")
@@ -147,6 +149,14 @@ def _write_at(descriptor: int, content: np.ndarray | bytes, offset: int) -> None
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

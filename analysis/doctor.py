@@ -1,7 +1,8 @@
-"""Look through a latent store or a run's folder, and say what is wrong with it and what to do.
+"""Look through a latent store, a run's folder or a folder of samples, and say what is wrong with it and what to do.
 
     python -m analysis.doctor data/imagenet256
     python -m analysis.doctor exps/b2
+    python -m analysis.doctor samples/b2
 
 Everything is read: each file of a store, each checkpoint of a run. Exit code 0 if all is well, 1 if not.
 """
@@ -26,7 +27,7 @@ SAMPLED = 2048  # latents of which the scaled deviation is taken
 class DoctorConfig:
     """What to look through."""
 
-    path: str = flag(REQUIRED, "latent store, or folder of a run", group="what to look at")
+    path: str = flag(REQUIRED, "latent store, folder of a run, or folder of samples", group="what to look at")
 
 
 @dataclass
@@ -48,8 +49,10 @@ def examine(path: str | Path) -> Iterator[Finding]:
         return examine_store(folder)
     if (folder / "checkpoints").is_dir() or (folder / "log.jsonl").is_file() or (folder / "config.json").is_file():
         return examine_run(folder)
+    if (folder / "samples.json").is_file():
+        return examine_samples(folder)
     raise ValueError(
-        f"expected a latent store (with meta.json) or a run's folder (with config.json), found neither in {folder}"
+        f"expected a latent store (meta.json), a run (config.json) or samples (samples.json), found none in {folder}"
     )
 
 
@@ -123,6 +126,29 @@ def examine_run(folder: Path) -> Iterator[Finding]:
     for path in sorted((folder / "checkpoints").glob(".*.partial")):
         yield Finding(f"{path} was left by a process that ended while writing", "nothing: the next one takes it away")
     yield from examine_log(folder, int(whole[-1].name) if whole else 0)
+
+
+def examine_samples(folder: Path) -> Iterator[Finding]:
+    """The record, and the digest of samples.npz."""
+    import checkpoint
+
+    try:
+        record = json.loads((folder / "samples.json").read_text())
+        count, digest = record["settings"]["num_samples"], record.get("npz_sha256")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        yield Finding("samples.json is damaged", "draw the samples again into another folder")
+        return
+    if digest is None:
+        yield Finding(f"{count:,} images, no samples.npz recorded")
+        return
+    file = folder / "samples.npz"
+    good = file.is_file() and checkpoint.file_digest(file) == digest
+    yield Finding(
+        f"{count:,} images, samples.npz as written"
+        if good
+        else "samples.npz is missing or changed since it was written",
+        "" if good else "delete the folder and draw the samples again: the same command gives the same bytes",
+    )
 
 
 def examine_log(folder: Path, newest: int) -> Iterator[Finding]:

@@ -349,6 +349,11 @@ def main(argv: list[str] | None = None) -> None:
 def read_rows(dump: Dump, begin: int, end: int, dtype: str) -> dict[str, np.ndarray]:
     """Rows [begin, end) of the source, once it is sure that a store of that type can hold them."""
     arrays = dump.read(begin, end)
+    if (np.split(arrays["moments"], 2, axis=1)[1] < 0).any():
+        raise ValueError(
+            f"expected means and then standard deviations in the latents, found negative ones from {dump.names[begin]} "
+            f"on; are they log-variances?"
+        )
     for kind in set(arrays) - {"images"}:
         held = (np.abs(arrays[kind]) <= np.finfo(dtype).max).all(axis=(1, 2, 3))  # false for NaN, too
         if not held.all():

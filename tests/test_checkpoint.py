@@ -13,6 +13,7 @@ from models.aligned import AlignedSiT
 from models.projector import Projector
 from models.sit import SiT, SiTConfig
 from models.vae import LatentScale
+from sealed import seal, unseal
 
 CONFIG = SiTConfig(depth=2, hidden_size=32, num_heads=2, patch_size=2, latent_size=4, in_channels=3, num_classes=5)
 INFO = {
@@ -148,9 +149,10 @@ def test_a_changed_byte_is_found_and_nothing_is_loaded(tmp_path, name):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "not JSON"),
+        ("{", "damaged checkpoint: .*state.json: "),
         ("[]", "does not hold settings"),
-        (json.dumps({"format": "other", "version": 1}), "expected a checkpoint of format"),
+        (json.dumps({"format": "vae-repa-checkpoint", "version": 1}), "does not hold settings with a seal"),
+        (seal({"format": "other", "version": 1}), "expected a checkpoint of format"),
     ],
 )
 def test_a_bad_state_file_is_named(tmp_path, text, message):
@@ -175,9 +177,23 @@ def test_pickles_are_not_run(tmp_path):
     model, ema, optimizer = make(0)
     folder = save_checkpoint(tmp_path, 1, model, ema, optimizer, INFO)
     torch.save({"optimizer": Exploit()}, folder / "optimizer.pt")
-    state = json.loads((folder / "state.json").read_text())
+    state = checkpoint.read_state(folder)
     state["digests"]["optimizer.pt"] = checkpoint.file_digest(folder / "optimizer.pt")
-    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "state.json").write_text(seal(state))
     with pytest.raises(ValueError, match=r"cannot read .*optimizer\.pt"):
         load_checkpoint(folder, model, ema, optimizer)
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_sealed_text_that_has_changed_anywhere_is_found():
+    content = {"name": "a", "numbers": [1e-05, 2.5], "inner": {"flag": True, "none": None}}
+    text = seal(content)
+    assert unseal(text) == content
+    for place in range(len(text)):
+        for bit in range(8):
+            changed = bytearray(text.encode())
+            changed[place] ^= 1 << bit
+            with pytest.raises(ValueError):  # noqa: PT011 - JSON's, UTF-8's or the seal's own
+                unseal(changed.decode())
+        with pytest.raises(ValueError):  # noqa: PT011
+            unseal(text[:place])

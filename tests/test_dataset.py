@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from dataset import LatentDataset, LatentStoreWriter, StepSampler, shard_size
+from sealed import seal, unseal
 from tests.stores import make_store
 
 META = {
@@ -143,20 +144,20 @@ def test_another_store_in_the_folder_is_refused(tmp_path):
 
 
 def edit(folder, **changes):
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | changes))
+    meta = unseal((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(seal(meta | changes))
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
         (lambda f: (f / "meta.json").unlink(), "found no meta.json"),
-        (lambda f: (f / "meta.json").write_text("{"), "damaged store: cannot read .*meta.json"),
+        (lambda f: (f / "meta.json").write_text("{"), "damaged store: .*meta.json"),
         (lambda f: edit(f, version=2), "expected a latent store of format"),
         (lambda f: edit(f, count=8), "empty or damaged store"),
         (lambda f: edit(f, count=0, shards=[]), "empty or damaged store"),
         (lambda f: edit(f, scale=[0.0]), "positive scales"),
-        (lambda f: (f / "meta.json").write_text(json.dumps({"format": "vae-repa-latents", "version": 1})), "lacks"),
+        (lambda f: (f / "meta.json").write_text(seal({"format": "vae-repa-latents", "version": 1})), "lacks"),
         (lambda f: (f / "moments-00001.npy").unlink(), "cannot read .*moments-00001.npy"),
         (lambda f: (f / "flips-00000.npy").write_bytes(b"x" * 9), "cannot read .*flips-00000.npy"),
         (lambda f: np.save(f / "moments-00001.npy", np.zeros((3, 4, 2, 2), np.float32)), r"expected float32 \(4, 4"),

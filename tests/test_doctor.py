@@ -82,7 +82,7 @@ def test_harm_to_a_store_is_found(harm, expected, tmp_path):
     [
         (lambda f: flip_bit(f / "checkpoints/0000020/optimizer.pt"), r"damaged checkpoint: .*delete .*0000020"),
         (lambda f: flip_bit(f / "checkpoints/0000010/ema.safetensors"), r"damaged checkpoint: .*delete .*0000010"),
-        (lambda f: (f / "checkpoints/0000020/state.json").write_text("{"), "is not JSON"),
+        (lambda f: (f / "checkpoints/0000020/state.json").write_text("{"), r"damaged checkpoint: .*state\.json"),
         (lambda f: (f / "checkpoints/.0000030.partial").mkdir(), "was left by a process"),
         (lambda f: (f / "log.jsonl").write_text('{"step": 5, "loss": 1}\n{"st'), "1 of 2 lines are no JSON"),
         (lambda f: write_log(f, rows(5, 10, 25, 30)), "1 gaps, the first between steps 10 and 25"),
@@ -102,6 +102,19 @@ def test_harm_to_a_run_is_found(harm, expected, tmp_path):
 
 def write_log(folder, lines):
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+
+
+def test_samples_are_held_against_their_digest(tmp_path):
+    record = {"settings": {"num_samples": 3}, "npz_sha256": checkpoint.file_digest(Path(__file__))}
+    (tmp_path / "samples.json").write_text(json.dumps(record))
+    (tmp_path / "samples.npz").write_bytes(Path(__file__).read_bytes())
+    assert complaints(tmp_path) == []
+    flip_bit(tmp_path / "samples.npz")
+    assert "samples.npz is missing or changed" in complaints(tmp_path)[0]
+    (tmp_path / "samples.npz").unlink()
+    assert "samples.npz is missing or changed" in complaints(tmp_path)[0]
+    (tmp_path / "samples.json").write_text("[]")
+    assert "samples.json is damaged" in complaints(tmp_path)[0]
 
 
 def test_a_user_sees_a_list_and_a_code(tmp_path):

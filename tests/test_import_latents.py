@@ -195,6 +195,7 @@ FIRST = "00000/img-mean-std-00000000.npy"
         (lambda d: (d / "vae-sd" / FIRST).write_bytes(b"x"), (), "cannot be read as one"),
         (lambda d: np.save(d / "vae-sd" / FIRST, np.array([{}])), (), "cannot be read as one"),
         (lambda d: np.save(d / "vae-sd" / FIRST, np.full((8, 4, 4), np.nan)), (), f"expected finite latents.*{FIRST}"),
+        (lambda d: np.save(d / "vae-sd" / FIRST, np.full((8, 4, 4), -1.0)), (), "are they log-variances"),
         (lambda d: np.save(d / "vae-sd" / FIRST, np.full((8, 4, 4), 1e6)), ("--dtype", "float16"), "--dtype float32"),
         (lambda d: (d / "images" / "00000" / "img00000001.png").unlink(), ("--keep-images",), "of 7 latents, found 6"),
         (lambda d: Image.new("RGB", (9, 9)).save(d / "images" / "00001" / "img00000004.png"), ("--keep-images",),

@@ -1,0 +1,86 @@
+"""`make bench-faults`: kills, flipped bits, cut files and a long run, into `results/reliability.json`."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import provenance
+from benchmarks.faults import (
+    ROOT,
+    harm_files,
+    kill_output,
+    kill_training,
+    launch,
+    run_whole,
+    soak,
+    something_is_wrong,
+    train_command,
+)
+from benchmarks.record import RESULTS
+from demo.make_digits import main as make_digits
+
+VAE = str(ROOT / "demo" / "vae")
+
+
+def main() -> None:
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        figures = measure(folder, rng)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "reliability.json").write_text(json.dumps(figures | provenance.stamp(), indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+
+
+def measure(folder: Path, rng: random.Random) -> dict:
+    """All figures, printed as they come."""
+    figures: dict = {}
+
+    def add(name: str, value: dict) -> None:
+        figures[name] = value
+        print(f"{name}: {value}", flush=True)
+
+    make_digits(["--output-dir", str(folder / "digits")])
+
+    def dump(output: Path) -> list[str]:
+        return launch(
+            "preprocessing/dump_latents.py", "--source", str(folder / "digits"), "--output-dir", str(output), "--vae",
+            VAE, "--resolution", "32", "--flip", "--keep-images", "--batch-size", "16", "--num-workers", "1",
+        )  # fmt: skip
+
+    store = folder / "store"
+    run_whole(dump(store))
+    add("kills_training", kill_training(store, folder / "one", 8, 5, 1, rng))
+    add("kills_training_two_processes", kill_training(store, folder / "two", 4, 5, 2, rng))
+    add("kills_dumping", kill_output(dump, folder / "dumps", 4, 5, rng))
+
+    def sample(output: Path) -> list[str]:
+        return launch(
+            "sample_ddp.py", "--checkpoint", str(folder / "one" / "whole"), "--output-dir", str(output),
+            "--num-samples", "512", "--num-steps", "40", "--per-proc-batch-size", "16", "--vae", VAE, "--png",
+        )  # fmt: skip
+
+    # samples.json tells how long it took
+    add("kills_sampling", kill_output(sample, folder / "draws", 4, 5, rng, lambda path: path.name == "samples.json"))
+
+    small = folder / "small"
+    run_whole([*dump(small), "--limit", "64"])
+    run_whole(train_command(small, folder / "runs", "small", 3, 1))
+    shutil.copytree(folder / "draws" / "whole", folder / "samples")
+    for what, place, pattern, flips, cuts in (
+        ("store", small, "*", 400, 80),
+        ("checkpoint", folder / "runs" / "small", "checkpoints/*/*", 300, 60),
+        ("npz", folder / "samples", "samples.npz", 300, 60),
+    ):
+        files = sorted(path for path in place.glob(pattern) if path.is_file())
+        add(f"harm_{what}", harm_files(files, lambda place=place: something_is_wrong(place), flips, cuts, rng))
+    add("soak", soak(small, folder / "soak", 20_000))
+    return figures
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Kills, flipped bits and cut files in short form; `make bench-faults` does the same many times."""
+
+import random
+
+import pytest
+
+from benchmarks.faults import harm_files, kill_output, kill_training, launch, run_whole, something_is_wrong
+from demo.digits import enlarge, load_digits
+from tests.stores import make_store, make_vae
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    return make_store(folder / "store", count=30, flips=True, vae=make_vae(folder / "vae"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "kills"), [(1, 4), (2, 2)])
+def test_killed_training_ends_in_the_undisturbed_run_bit_for_bit(processes, kills, store, tmp_path):
+    done = kill_training(store, tmp_path, 1, kills, processes, random.Random(processes))
+    assert done["equal"] == done["runs"] == 1
+    assert done["hits"] >= 1
+
+
+@pytest.mark.slow
+def test_killed_dumping_and_sampling_end_in_the_undisturbed_bytes(store, tmp_path):
+    from PIL import Image
+
+    digits, labels = load_digits()
+    for index, (image, label) in enumerate(zip(enlarge(digits[:200]), labels, strict=False)):
+        (tmp_path / "digits" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "digits" / str(label) / f"{index}.png")
+    vae = str(store.parent / "vae")
+
+    def dump(output):
+        return launch(
+            "preprocessing/dump_latents.py", "--source", str(tmp_path / "digits"), "--output-dir", str(output),
+            "--vae", vae, "--resolution", "32", "--flip", "--batch-size", "8", "--num-workers", "1",
+        )  # fmt: skip
+
+    done = kill_output(dump, tmp_path / "dumps", 1, 2, random.Random(0))
+    assert done["equal"] == 1
+    run_whole(
+        launch(
+            "train.py", "--data-dir", str(store), "--output-dir", str(tmp_path), "--exp-name", "run", "--model",
+            "SiT-Ti/4", "--batch-size", "2", "--max-train-steps", "1", "--sampling-steps", "0",
+        )
+    )  # fmt: skip
+
+    def sample(output):
+        return launch(
+            "sample_ddp.py", "--checkpoint", str(tmp_path / "run"), "--output-dir", str(output), "--num-samples", "96",
+            "--num-steps", "40", "--per-proc-batch-size", "16",
+        )  # fmt: skip
+
+    # samples.json tells how long it took.
+    done = kill_output(sample, tmp_path / "draws", 1, 2, random.Random(0), lambda path: path.name == "samples.json")
+    assert done["equal"] == 1
+
+
+def test_flipped_bits_and_cut_files_are_found_and_never_a_traceback(store, tmp_path):
+    files = sorted(path for path in store.iterdir() if path.is_file())
+    found = harm_files(files, lambda: something_is_wrong(store), 60, 20, random.Random(0))
+    assert (found["flips_found"], found["cuts_found"], found["tracebacks"]) == (60, 20, 0)
+
+
+@pytest.mark.slow
+def test_flipped_bits_and_cut_checkpoints_are_found(store, tmp_path):
+    run_whole(
+        launch(
+            "train.py", "--data-dir", str(store), "--output-dir", str(tmp_path), "--exp-name", "run", "--model",
+            "SiT-Ti/8", "--batch-size", "2", "--max-train-steps", "1", "--sampling-steps", "0",
+        )
+    )  # fmt: skip
+    files = sorted(path for path in (tmp_path / "run" / "checkpoints" / "0000001").iterdir())
+    found = harm_files(files, lambda: something_is_wrong(tmp_path / "run"), 40, 10, random.Random(0))
+    assert (found["flips_found"], found["cuts_found"], found["tracebacks"]) == (40, 10, 0)
