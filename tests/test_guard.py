@@ -86,3 +86,33 @@ def test_a_restored_guard_decides_as_the_first_one():
     other.load_state_dict(guard.state_dict())
     spike = torch.tensor([1.0, 1.0, 11.0])
     assert other.judge(LEAST + 5, spike) == guard.judge(LEAST + 5, spike) == 1
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "float16's scaler"])
+@pytest.mark.parametrize("refused", [0.0, 1.0])
+def test_a_refused_step_leaves_weights_and_moments_alone(refused, scaled):
+    """AdamW's own number for overflows, set by hand or through the scaler, is what refuses a step."""
+    from types import SimpleNamespace
+
+    from train import apply_step
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1, fused=True)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+    loss = model(torch.ones(2, 4)).sum()
+    (scaler.scale(loss) if scaled else loss).backward()
+    if scaled:
+        scaler.unscale_(optimizer)  # as clipping does
+    weight, moment = model.weight.detach().clone(), optimizer.state[model.weight]["exp_avg"].clone()
+    step = (lambda: scaler.step(optimizer)) if scaled else optimizer.step
+    wrapped = SimpleNamespace(optimizer=optimizer, step=step, zero_grad=optimizer.zero_grad)
+    run = SimpleNamespace(optimizer=wrapped, accelerator=SimpleNamespace(scaler=scaler))
+    apply_step(run, torch.tensor(refused))
+    assert torch.equal(model.weight, weight) == bool(refused)
+    assert torch.equal(optimizer.state[model.weight]["exp_avg"], moment) == bool(refused)
+    assert optimizer.state[model.weight]["step"] == (1 if refused else 2)
+    assert model.weight.grad is None

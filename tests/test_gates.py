@@ -1,0 +1,117 @@
+"""Counts that no machine changes: host reads, graph breaks and recompilations, multiply-adds, operators of a step."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from models.aligned import AlignedSiT
+from models.projector import Projector
+from models.sit import SiT, SiTConfig
+from tests.stores import make_store
+from tests.test_methods import _fresh_accelerate  # noqa: F401
+from tests.test_train import run
+
+# Operators through which the host learns a number that the device has computed.
+READS = ("_local_scalar_dense", "aten.item", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.unique")
+# Operators that only look at the same memory in another shape.
+VIEWS = {
+    "t", "view", "detach", "unsqueeze", "squeeze", "permute", "transpose", "_unsafe_view", "split", "unbind", "slice",
+    "expand", "select", "alias", "as_strided",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("data") / "store", flips=True, images=True)
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def steps_seen(data, tmp_path, monkeypatch, **changes):
+    """The operators of each step of a short run, from the draws to the average."""
+    step, seen = train.train_step, []
+
+    def watched(*arguments):
+        with Operators() as operators:
+            step(*arguments)
+        seen.append(operators.names)
+
+    monkeypatch.setattr(train, "train_step", watched)
+    run(data, tmp_path, max_train_steps=4, log_every=100, **changes)
+    return seen
+
+
+@pytest.mark.parametrize("align", ["none", "vae", "sra+vae"])
+def test_no_step_reads_a_number_from_the_device(align, data, tmp_path, monkeypatch):
+    for names in steps_seen(data, tmp_path, monkeypatch, align=align, gradient_accumulation_steps=2)[1:]:
+        assert len(names) > 100
+        assert [name for name in names if any(read in name for read in READS)] == []
+
+
+def test_a_steady_step_has_the_recorded_number_of_operators(data, tmp_path, monkeypatch):
+    """Those that launch a kernel. It grows with each forgotten fusion or copy; lower it when a step gets cheaper."""
+    seen = steps_seen(data, tmp_path, monkeypatch)
+    counts = [sum(name.split(".")[1] not in VIEWS for name in names) for names in seen[1:]]
+    assert len(set(counts)) == 1
+    assert counts[0] <= 544
+    assert sum("_fused_adamw" in name for name in seen[1]) == 1
+    assert sum("_foreach_lerp" in name for name in seen[1]) == 1
+
+
+def multiply_adds(module, *inputs):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return counter.get_total_flops() / 2 / 1e9
+
+
+def test_multiply_adds_of_xl_2_are_those_of_the_table():
+    with torch.device("meta"):
+        sit = SiT(SiTConfig.from_name("SiT-XL/2"))
+        head = Projector(sit.config.hidden_size, sit.config.patch_dim)
+        inputs = torch.zeros(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    alone = multiply_adds(sit, *inputs)
+    assert alone == pytest.approx(118.6, abs=0.05)
+    aligned = multiply_adds(AlignedSiT(sit, {"vae": (8, head)}), *inputs)
+    assert aligned - alone == pytest.approx(4.77, abs=0.005)
+    # Table 4 leaves the attention's own products out: 2 T^2 D in each block.
+    attention = 28 * 2 * 256**2 * 1152 / 1e9
+    assert alone - attention == pytest.approx(114.4, abs=0.05)
+
+
+@pytest.mark.slow
+def test_compiled_training_never_breaks_or_compiles_again(tmp_path, monkeypatch):
+    """20 steps, with the average drawn from in eval mode between them."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    from tests.stores import make_vae
+
+    store = make_store(tmp_path / "store", vae=make_vae(tmp_path / "vae"))
+    torch._dynamo.reset()
+    counters.clear()
+    graphs, step = [], train.train_step
+
+    def watched(*arguments):
+        step(*arguments)
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(train, "train_step", watched)
+    run(
+        store, tmp_path, max_train_steps=20, compile=True, sampling_steps=5, sampling_count=4, sampling_num_steps=2,
+        log_every=5,
+    )  # fmt: skip
+    assert len(graphs) == 20
+    assert graphs[0] > 0
+    assert set(graphs) == {graphs[0]}
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
