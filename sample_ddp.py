@@ -99,10 +99,11 @@ class SampleConfig:
     )
     vae_precision: str = flag("no", "precision of the VAE's decoder", choices=("no", "bf16"), group="speed")
     tf32: bool = flag(False, "TF32 for float32 products on the GPU", group="speed")
+    timeout: int = flag(43_200, "seconds after which a process that waits for another gives up", group="speed")
     device: str | None = flag(None, "a GPU if there is one, unless set", choices=("cpu", "cuda"), group="speed")
 
     def __post_init__(self):
-        for name in ("num_samples", "num_steps"):
+        for name in ("num_samples", "num_steps", "timeout"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         size = self.per_proc_batch_size
         _check(
@@ -477,7 +478,7 @@ def main(argv: list[str] | None = None) -> None:
         sample(config, 0, 1)
         return
     # Processes exchange words, not tensors: gloo does for GPUs too. torchrun ends all of them when one fails.
-    dist.init_process_group("gloo", timeout=datetime.timedelta(hours=12))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=config.timeout))
     try:
         sample(config, dist.get_rank(), processes)
     finally:

@@ -331,6 +331,7 @@ def fit(run: Run, start: int, loader: DataLoader, log: RunLog, vae: torch.nn.Mod
     device, main_process = accelerator.device, accelerator.is_main_process
     batches, stop = iter(loader), StopRequest()
     begin, stopped = time.perf_counter(), None
+    profile = start_profiler(config) if config.profile and main_process else None
     progress = tqdm(
         range(start, config.max_train_steps), "training", config.max_train_steps,
         initial=start, disable=not main_process, dynamic_ncols=True,
@@ -341,6 +342,8 @@ def fit(run: Run, start: int, loader: DataLoader, log: RunLog, vae: torch.nn.Mod
             for batch in itertools.islice(batches, config.gradient_accumulation_steps)
         ]
         train_step(run, index, micro_batches)
+        if profile:
+            profile.step()
         step, stopped = index + 1, stop.agreed()
 
         last = step == config.max_train_steps
@@ -361,6 +364,8 @@ def fit(run: Run, start: int, loader: DataLoader, log: RunLog, vae: torch.nn.Mod
         begin = time.perf_counter()
         if stopped:
             break
+    if profile:
+        profile.stop()
     stop.close()
     run.writer.finish()
     if stopped and not last:
@@ -368,6 +373,16 @@ def fit(run: Run, start: int, loader: DataLoader, log: RunLog, vae: torch.nn.Mod
         accelerator.print(f"stopped by {stopped.name} after step {step}; the same command goes on from {saved}")
         accelerator.end_training()
         sys.exit(exit_code(stopped))
+
+
+def start_profiler(config: TrainConfig) -> torch.profiler.profile:
+    """Traces --profile steady steps into `profile.json`, which opens in Perfetto and chrome://tracing."""
+    profile = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=5, warmup=3, active=config.profile, repeat=1),
+        on_trace_ready=lambda trace: trace.export_chrome_trace(str(config.run_dir / "profile.json")),
+    )
+    profile.start()
+    return profile
 
 
 def dead_reader(error: RuntimeError, sampler: StepSampler, config: TrainConfig) -> ValueError:
@@ -463,6 +478,7 @@ def main(argv: list[str] | None = None) -> None:
 
     source = checkpoint.load_sit(config.init_from) if config.init_from and not newest else None
     sit, ema = (network.to(accelerator.device) for network in build(config, store, source))
+    sit.recompute = config.grad_checkpoint
     interpolant, epoch = Interpolant(config.path_type), len(store) / config.batch_size
     context = Context(config, sit, ema, interpolant, accelerator.device, accelerator.autocast, epoch)
     methods = {name: METHODS[name](context) for name in chosen(config.align)}

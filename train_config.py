@@ -142,6 +142,10 @@ class TrainConfig:
         group="speed",
     )
     allow_tf32: bool = flag(False, "TF32 for float32 products on the GPU", group="speed")
+    grad_checkpoint: int = flag(
+        0, "run every k-th block again in the backward pass, to save memory (1: each, 0: none)", group="speed"
+    )
+    profile: int = flag(0, "write a trace of this many steady steps to <run>/profile.json (0: none)", group="speed")
     compile: bool | None = flag(None, "torch.compile each block; on a GPU unless set", group="speed")
 
     checkpointing_steps: int = flag(50_000, "save every this many steps, and at the end", group="checkpoints")
@@ -167,8 +171,8 @@ class TrainConfig:
                      "keep_last", "log_every", "sampling_count", "sampling_num_steps", "max_bad_steps",
                      "timeout"):  # fmt: skip
             _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("sampling_steps", "num_workers", "keep_every", "align_weight", "repa_weight", "sra_weight",
-                     "adam_weight_decay"):  # fmt: skip
+        for name in ("sampling_steps", "num_workers", "grad_checkpoint", "profile", "keep_every", "align_weight",
+                     "repa_weight", "sra_weight", "adam_weight_decay"):  # fmt: skip
             _check(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "spike_factor"):
             _check(self, name, getattr(self, name) > 0, "more than 0")
@@ -188,7 +192,7 @@ FREE_ON_RESUME = {
     "data_dir", "num_workers", "output_dir", "exp_name", "resume", "gradient_accumulation_steps", "max_train_steps",
     "compile", "checkpointing_steps", "keep_last", "keep_every", "log_every", "report_to", "tracker_project",
     "sampling_steps", "sampling_count", "sampling_guidance", "sampling_num_steps", "vae", "resolution",
-    "max_bad_steps", "timeout", "verify_data",
+    "max_bad_steps", "timeout", "verify_data", "grad_checkpoint", "profile",
 }  # fmt: skip
 # Settings that may be changed when a run goes on, to bring one through an instability; a change is announced.
 CHANGEABLE_ON_RESUME = {"learning_rate", "max_grad_norm", "mixed_precision", "spike_factor", "skip_spikes"}

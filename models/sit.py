@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # name: (depth, hidden size, heads). S to XL are those of DiT and SiT; Ti is for tests and the demo.
 SIT_SIZES = {
@@ -222,11 +223,16 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """v(y_t, t | class), float32 weights; under autocast the tokens between blocks are in the lower precision."""
+    """v(y_t, t | class), float32 weights; under autocast the tokens between blocks are in the lower precision.
+
+    Attributes:
+        recompute: keep only the input of every k-th block for the backward pass, and run it again there (0: of none).
+    """
 
     def __init__(self, config: SiTConfig):
         super().__init__()
         self.config = config
+        self.recompute = 0
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(config.hidden_size)
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
@@ -258,7 +264,10 @@ class SiT(nn.Module):
         x, c = self._embed(x, t, y)
         tapped = {}
         for depth, block in enumerate(self.blocks, start=1):
-            x = block(x, c)
+            if self.recompute and depth % self.recompute == 0 and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, use_reentrant=False)
+            else:
+                x = block(x, c)
             if depth in taps:
                 tapped[depth] = x
         velocity = unpatchify(self.final_layer(x, c), self.config.patch_size)

@@ -9,6 +9,7 @@ command, behind the last whole batch of each shard.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import os
 import sys
@@ -64,10 +65,11 @@ class DumpConfig:
     mixed_precision: str = flag("no", "precision of the encoder", choices=("no", "bf16"), group="speed")
     batch_size: int = flag(32, "images encoded at once, per process", group="speed")
     num_workers: int = flag(4, "processes that read and crop images, per process that encodes", group="speed")
+    timeout: int = flag(43_200, "seconds after which a process that waits for another gives up", group="speed")
     device: str | None = flag(None, "cpu, cuda or cuda:N; by default a GPU where there is one", group="speed")
 
     def __post_init__(self):
-        for name, least in (("resolution", 1), ("batch_size", 1), ("num_workers", 0), ("verify", 0)):
+        for name, least in (("resolution", 1), ("batch_size", 1), ("num_workers", 0), ("verify", 0), ("timeout", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, found {getattr(self, name)}")
         if self.limit is not None and self.limit < 1:
@@ -228,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     if world_size > 1:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=config.timeout))
     size = shard_size(len(items))
     shards = [items[begin : begin + size] for begin in range(0, len(items), size)]
     mine = [(writer.shard(index), shards[index]) for index in range(rank, len(shards), world_size)]

@@ -171,6 +171,24 @@ def test_tokens_are_the_taps_of_a_whole_pass():
         assert torch.equal(model.tokens(x, t, y, depth), tap)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_blocks_that_are_run_again_give_the_same_gradients_and_keep_less(every):
+    x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1, 5])
+    gradients, kept = [], []
+    for recompute in (0, every):
+        model = randomised(TINY)
+        model.recompute = recompute
+        tensors = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda v, seen=tensors: seen.append(v.numel()) or v, lambda v: v):
+            velocity, (tokens,) = model(x, t, y, taps=(2,))
+        (velocity.square().mean() + tokens.square().mean()).backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        kept.append(sum(tensors))
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+    assert kept[1] < {1: 0.4, 2: 0.8}[every] * kept[0]
+
+
 def test_samples_of_a_batch_do_not_mix_and_the_null_class_is_its_own():
     model = randomised(TINY)
     x, t = torch.randn(2, 3, 8, 8), torch.rand(2)

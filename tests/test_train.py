@@ -546,6 +546,18 @@ def test_defaults_are_the_papers():
     assert (config.label_dropout, config.ema_decay, config.max_grad_norm) == (0.1, 0.9999, 1.0)
 
 
+def test_a_profile_is_a_trace_of_steady_steps(data, tmp_path, plain):
+    folder = run(data, tmp_path, max_train_steps=12, profile=2)
+    events = json.loads((folder / "profile.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep")}
+    assert steps == {"ProfilerStep#8", "ProfilerStep#9"}
+    assert any("fused_adamw" in str(event.get("name")) for event in events)
+
+
+def test_recomputed_blocks_train_the_same_weights(data, tmp_path, plain):
+    assert same(weights(run(data, tmp_path, label_dropout=0.5, grad_checkpoint=1)), plain[0])
+
+
 @pytest.mark.slow
 def test_compiled_steps_equal_eager_ones(data, tmp_path, plain):
     folder = run(data, tmp_path, label_dropout=0.5, compile=True)
