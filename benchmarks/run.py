@@ -6,7 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-MODULES = ("bench_startup", "bench_data", "bench_npz", "bench_checkpoint", "bench_evaluations", "bench_demo")
+MODULES = (
+    "bench_startup",
+    "bench_data",
+    "bench_npz",
+    "bench_checkpoint",
+    "bench_train",
+    "bench_evaluations",
+    "bench_demo",
+)
 
 
 def main() -> None:

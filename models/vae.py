@@ -105,7 +105,7 @@ def load_vae(name_or_path: str, device: str | torch.device = "cpu") -> Autoencod
     if not folder.exists() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
         raise ValueError(
             f"--vae: expected a folder or file with an AutoencoderKL, or its name on the hub, found {name_or_path!r}, "
-            f"a path where there is nothing"
+            f"a path where there is nothing; give an existing local folder or file"
         )
     subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
     offline = not folder.exists() and not hub_answers()

@@ -32,7 +32,8 @@ def start(data, output, processes=1, **changes):
     if processes > 1:
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command[1:1] = several
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # A sum's order, and so its last bit, depends on the threads: alone, as many as the tests' own process has.
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if processes > 1 else {})
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
