@@ -159,6 +159,16 @@ def test_fewer_images_are_the_first_of_more(checkpoint, whole, tmp_path):
         assert np.array_equal(labels, archive["arr_1"][:10])
 
 
+@pytest.mark.slow
+def test_compiled_samples_differ_from_eager_ones_by_rounding_alone(checkpoint, whole, tmp_path):
+    images, labels = draw(checkpoint, tmp_path / "compiled", compile=True)
+    with np.load(whole / "samples.npz") as archive:
+        difference = np.abs(images.astype(int) - archive["arr_0"])
+        assert np.array_equal(labels, archive["arr_1"])
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+
+
 def test_another_batch_size_keeps_every_draw_and_changes_rounding_alone(checkpoint, whole, tmp_path):
     images, labels = draw(checkpoint, tmp_path / "large", per_proc_batch_size=48)
     with np.load(whole / "samples.npz") as archive:
