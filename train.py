@@ -12,9 +12,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import fcntl
 import functools
 import itertools
 import json
+import os
 import resource
 import sys
 import time
@@ -254,6 +256,24 @@ def prepare_run_folder(config: TrainConfig, data_digest: str) -> Path | None:
             f"{config.data_dir} is not the store that {newest} was trained on; give that one, or another --exp-name"
         )
     return newest
+
+
+def lock_run_folder(run_dir: Path) -> int:
+    """Hold the run's folder for as long as the descriptor is open: two trainers in one would spoil each other's run.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = os.open(run_dir / ".lock", os.O_WRONLY | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise ValueError(f"another process trains in {run_dir}; wait for it, or choose another --exp-name") from error
+    except OSError:
+        pass  # a file system without locks
+    return lock
 
 
 def load_grid_vae(config: TrainConfig, store: LatentDataset, device: torch.device) -> torch.nn.Module:
@@ -517,7 +537,7 @@ def main(argv: list[str] | None = None) -> None:
     settings |= provenance.stamp()
     log = None
     if accelerator.is_main_process:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = lock_run_folder(config.run_dir)
         (config.run_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         log = RunLog(config.run_dir, start)
         check_scale(run, store)
@@ -535,6 +555,8 @@ def main(argv: list[str] | None = None) -> None:
         if "DataLoader worker" not in str(error):
             raise
         raise dead_reader(error, sampler, config) from error
+    if accelerator.is_main_process:
+        os.close(lock)
     accelerator.end_training()
 
 

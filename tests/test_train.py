@@ -474,6 +474,17 @@ def test_a_run_goes_on_only_with_its_own_settings_and_data(data, tmp_path):
         run(tmp_path / "other", tmp_path, max_train_steps=3)
 
 
+def test_two_trainers_in_one_folder_are_refused(data, tmp_path):
+    folder = run(data, tmp_path, max_train_steps=1)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    lock = train.lock_run_folder(folder)
+    with pytest.raises(ValueError, match=r"another process trains in .*--exp-name"):
+        run(data, tmp_path, max_train_steps=2)
+    os.close(lock)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    run(data, tmp_path, max_train_steps=2)
+
+
 def test_an_unstable_run_can_go_on_with_a_lower_learning_rate(data, tmp_path):
     run(data, tmp_path)
     before = weights(tmp_path / "run")
