@@ -73,9 +73,11 @@ class StepGuard:
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
         norm = values[-1]
-        ratio = norm / self.norms.nanmedian()
-        known = (~self.norms.isnan()).sum() >= LEAST
-        spike = ((ratio > self.spike_factor) & known & (broken.amax() == 0)).float()
+        # Not by nanmedian, for which the host waits on a GPU: NaN is sorted behind all numbers.
+        known = (~self.norms.isnan()).sum()
+        middle = ((known - 1).clamp(min=0) // 2).reshape(1)
+        ratio = norm / self.norms.sort().values.gather(0, middle).squeeze(0)
+        spike = ((ratio > self.spike_factor) & (known >= LEAST) & (broken.amax() == 0)).float()
         bad = torch.maximum(broken.amax(), spike) if self.skip_spikes else broken.amax()
         # A norm that was not applied has no part in the median.
         self.norms[step % WINDOW] = torch.where(bad > 0, math.nan, norm)
