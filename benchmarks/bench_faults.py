@@ -6,19 +6,21 @@ import json
 import random
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import provenance
 from benchmarks.faults import (
     ROOT,
+    contents,
     harm_files,
-    kill_output,
-    kill_training,
+    kill_many,
     launch,
     run_whole,
     soak,
     something_is_wrong,
     train_command,
+    weights,
 )
 from benchmarks.record import RESULTS
 from demo.make_digits import main as make_digits
@@ -54,22 +56,29 @@ def measure(folder: Path, rng: random.Random) -> dict:
 
     store = folder / "store"
     run_whole(dump(store))
-    add("kills_training", kill_training(store, folder / "one", 8, 5, 1, rng))
-    add("kills_training_two_processes", kill_training(store, folder / "two", 4, 5, 2, rng))
-    add("kills_dumping", kill_output(dump, folder / "dumps", 4, 5, rng))
+    soaking = ThreadPoolExecutor(1).submit(soak, store, folder / "soak", 20_000)
+    for processes, kills in ((1, 40), (2, 20)):
+
+        def train(run: Path, processes: int = processes) -> list[str]:
+            return train_command(store, run, 100, processes)
+
+        add(f"kills_training_{processes}", kill_many(train, weights, folder / f"runs{processes}", kills, rng))
+    add("kills_dumping", kill_many(dump, contents, folder / "dumps", 20, rng))
 
     def sample(output: Path) -> list[str]:
         return launch(
-            "sample_ddp.py", "--checkpoint", str(folder / "one" / "whole"), "--output-dir", str(output),
+            "sample_ddp.py", "--checkpoint", str(folder / "runs1" / "whole"), "--output-dir", str(output),
             "--num-samples", "512", "--num-steps", "40", "--per-proc-batch-size", "16", "--vae", VAE, "--png",
         )  # fmt: skip
 
-    # samples.json tells how long it took
-    add("kills_sampling", kill_output(sample, folder / "draws", 4, 5, rng, lambda path: path.name == "samples.json"))
+    def drawn(output: Path) -> dict[str, bytes]:  # but for samples.json, which tells how long it took
+        return contents(output, lambda path: path.name == "samples.json")
+
+    add("kills_sampling", kill_many(sample, drawn, folder / "draws", 20, rng))
 
     small = folder / "small"
     run_whole([*dump(small), "--limit", "64"])
-    run_whole(train_command(small, folder / "runs", "small", 3, 1))
+    run_whole(train_command(small, folder / "runs" / "small", 3))
     shutil.copytree(folder / "draws" / "whole", folder / "samples")
     for what, place, pattern, flips, cuts in (
         ("store", small, "*", 400, 80),
@@ -78,7 +87,7 @@ def measure(folder: Path, rng: random.Random) -> dict:
     ):
         files = sorted(path for path in place.glob(pattern) if path.is_file())
         add(f"harm_{what}", harm_files(files, lambda place=place: something_is_wrong(place), flips, cuts, rng))
-    add("soak", soak(small, folder / "soak", 20_000))
+    add("soak", soaking.result())
     return figures
 
 

@@ -13,9 +13,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -28,19 +30,26 @@ def launch(program: str, *flags: str, processes: int = 1) -> list[str]:
     return [sys.executable, *(several if processes > 1 else []), str(ROOT / program), *flags]
 
 
-def _start(command: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+def _start(command: list[str]) -> tuple[subprocess.Popen, IO[str]]:
+    """A process, and the file that its errors go to: a pipe that nobody reads would stop it when full."""
+    said = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=said,
+        start_new_session=True,
+    )  # fmt: skip
+    return process, said
+
+
+def _ended_well(process: subprocess.Popen, said: IO[str]) -> None:
+    process.wait()
+    said.seek(0)
+    assert process.returncode == 0, said.read()[-2000:]
 
 
 def run_whole(command: list[str]) -> float:
     """Run a command to its end; its seconds."""
     begin = time.perf_counter()
-    process = _start(command)
-    _, said = process.communicate()
-    assert process.returncode == 0, said
+    _ended_well(*_start(command))
     return time.perf_counter() - begin
 
 
@@ -60,29 +69,54 @@ def _family(pid: int) -> list[int]:
     return found
 
 
-def kill_often(command: list[str], kills: int, seconds: float, rng: random.Random) -> int:
+def kill_until_done(command: list[str], most: int, seconds: float, rng: random.Random) -> int:
     """Start a command, kill it with all it has started at a random moment, and so on; then let it end.
 
     Args:
-        kills: how often.
+        most: kills, unless the command ends before.
         seconds: an undisturbed run takes; moments are uniform over that.
 
     Returns:
-        Kills that hit a running process: one that had ended before its moment was disturbed by none.
+        Kills, each of which hit a running process.
     """
-    hits = 0
-    for _ in range(kills):
-        process = _start(command)
+    for kills in range(most):
+        process, said = _start(command)
         try:
-            process.wait(rng.uniform(0.2, 1.0) * seconds)
+            process.wait(rng.uniform(0.1, 1.0) * seconds)
         except subprocess.TimeoutExpired:
-            hits += 1
-        for member in _family(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(member, signal.SIGKILL)
-        process.communicate()
+            for member in _family(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member, signal.SIGKILL)
+            process.wait()
+            continue
+        _ended_well(process, said)
+        return kills
     run_whole(command)
-    return hits
+    return most
+
+
+def kill_many(
+    command: Callable[[Path], list[str]], result: Callable[[Path], dict[str, bytes]], folder: Path, kills: int,
+    rng: random.Random,
+) -> dict[str, int]:  # fmt: skip
+    """Runs of a program, each killed up to five times, until there are `kills`; each is compared to an undisturbed one.
+
+    Args:
+        command: given the folder that it is to write.
+        result: the bytes of what is to be equal in that folder.
+
+    Returns:
+        {"kills", "runs", "equal"}: `equal` of `runs` ended in the undisturbed result.
+    """
+    seconds = run_whole(command(folder / "whole"))
+    expected, counts = result(folder / "whole"), {"kills": 0, "runs": 0, "equal": 0}
+    while counts["kills"] < kills:
+        output = folder / f"run{counts['runs']}"
+        counts["kills"] += kill_until_done(command(output), min(5, kills - counts["kills"]), seconds, rng)
+        counts["equal"] += result(output) == expected
+        counts["runs"] += 1
+        shutil.rmtree(output)
+    return counts
 
 
 def contents(folder: Path, ignore: Callable[[Path], bool] = lambda path: False) -> dict[str, bytes]:
@@ -102,40 +136,12 @@ def weights(run: Path) -> dict[str, bytes]:
     return {name: (newest / name).read_bytes() for name in ("model.safetensors", "ema.safetensors", "optimizer.pt")}
 
 
-def train_command(store: Path, folder: Path, name: str, steps: int, processes: int) -> list[str]:
+def train_command(store: Path, run: Path, steps: int, processes: int = 1) -> list[str]:
     return launch(
-        "train.py", "--data-dir", str(store), "--output-dir", str(folder), "--exp-name", name, "--model", "SiT-Ti/4",
-        "--batch-size", "8", "--max-train-steps", str(steps), "--checkpointing-steps", "3", "--log-every", "1",
-        "--sampling-steps", "0", "--num-workers", "1", processes=processes,
+        "train.py", "--data-dir", str(store), "--output-dir", str(run.parent), "--exp-name", run.name, "--model",
+        "SiT-Ti/4", "--batch-size", "8", "--max-train-steps", str(steps), "--checkpointing-steps", "3", "--log-every",
+        "1", "--sampling-steps", "0", "--num-workers", "1", processes=processes,
     )  # fmt: skip
-
-
-def kill_training(
-    store: Path, folder: Path, runs: int, kills: int, processes: int, rng: random.Random
-) -> dict[str, int]:
-    """`runs` runs, each killed `kills` times, held against an undisturbed one: bit for bit."""
-    steps = 120
-    seconds = run_whole(train_command(store, folder, "whole", steps, processes))
-    expected, hits, equal = weights(folder / "whole"), 0, 0
-    for index in range(runs):
-        hits += kill_often(train_command(store, folder, f"run{index}", steps, processes), kills, seconds, rng)
-        equal += weights(folder / f"run{index}") == expected
-        shutil.rmtree(folder / f"run{index}")
-    return {"kills": runs * kills, "hits": hits, "runs": runs, "equal": equal, "processes": processes}
-
-
-def kill_output(
-    command: Callable[[Path], list[str]], folder: Path, runs: int, kills: int, rng: random.Random,
-    ignore: Callable[[Path], bool] = lambda path: False,
-) -> dict[str, int]:  # fmt: skip
-    """The same for a program that leaves a folder: `command` is given the folder it is to write."""
-    seconds = run_whole(command(folder / "whole"))
-    expected, hits, equal = contents(folder / "whole", ignore), 0, 0
-    for index in range(runs):
-        hits += kill_often(command(folder / f"run{index}"), kills, seconds, rng)
-        equal += contents(folder / f"run{index}", ignore) == expected
-        shutil.rmtree(folder / f"run{index}")
-    return {"kills": runs * kills, "hits": hits, "runs": runs, "equal": equal}
 
 
 def harm_files(
@@ -184,7 +190,7 @@ def something_is_wrong(folder: Path) -> bool:
 
 def soak(store: Path, folder: Path, steps: int) -> dict[str, float]:
     """A long run with checkpoints and grids: memory and open files at a fifth of it, and at the end."""
-    process = _start(
+    process, said = _start(
         launch(
             "train.py", "--data-dir", str(store), "--output-dir", str(folder), "--exp-name", "soak", "--model",
             "SiT-Ti/8", "--batch-size", "2", "--max-train-steps", str(steps), "--checkpointing-steps",
@@ -205,8 +211,7 @@ def soak(store: Path, folder: Path, steps: int) -> dict[str, float]:
             continue
         if rows:
             seen[int(rows[-1]["step"])] = (pages * os.sysconf("SC_PAGE_SIZE") / 2**20, handles)
-    said = process.communicate()[1]
-    assert process.returncode == 0, said
+    _ended_well(process, said)
     early = [values for step, values in seen.items() if 0.15 * steps <= step <= 0.3 * steps]
     late = [values for step, values in seen.items() if step >= 0.85 * steps]
     memory, handles = (tuple(float(np.median([v[k] for v in part])) for part in (early, late)) for k in (0, 1))
