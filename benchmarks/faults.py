@@ -32,7 +32,7 @@ def launch(program: str, *flags: str, processes: int = 1) -> list[str]:
 
 def _start(command: list[str]) -> tuple[subprocess.Popen, IO[str]]:
     """A process, and the file that its errors go to: a pipe that nobody reads would stop it when full."""
-    said = tempfile.TemporaryFile("w+")
+    said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it outlives this function
     process = subprocess.Popen(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=said,
         start_new_session=True,
