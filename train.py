@@ -267,8 +267,9 @@ def lock_run_folder(run_dir: Path) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = os.open(run_dir / ".lock", os.O_WRONLY | os.O_CREAT)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        # A record lock: processes that read data do not inherit it, and cannot outlive a killed trainer with it.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
         os.close(lock)
         raise ValueError(f"another process trains in {run_dir}; wait for it, or choose another --exp-name") from error
     except OSError:
@@ -555,8 +556,10 @@ def main(argv: list[str] | None = None) -> None:
         if "DataLoader worker" not in str(error):
             raise
         raise dead_reader(error, sampler, config) from error
-    if accelerator.is_main_process:
-        os.close(lock)
+    finally:
+        run.writer.wait()
+        if accelerator.is_main_process:
+            os.close(lock)
     accelerator.end_training()
 
 

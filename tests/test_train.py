@@ -477,10 +477,14 @@ def test_a_run_goes_on_only_with_its_own_settings_and_data(data, tmp_path):
 def test_two_trainers_in_one_folder_are_refused(data, tmp_path):
     folder = run(data, tmp_path, max_train_steps=1)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    lock = train.lock_run_folder(folder)
+    hold = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX); print(flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    other.stdout.readline()
     with pytest.raises(ValueError, match=r"another process trains in .*--exp-name"):
         run(data, tmp_path, max_train_steps=2)
-    os.close(lock)
+    other.communicate("\n")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     run(data, tmp_path, max_train_steps=2)
 
