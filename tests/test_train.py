@@ -477,7 +477,7 @@ def test_a_run_goes_on_only_with_its_own_settings_and_data(data, tmp_path):
 def test_two_trainers_in_one_folder_are_refused(data, tmp_path):
     folder = run(data, tmp_path, max_train_steps=1)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    hold = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX); print(flush=True); input()"
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     other = subprocess.Popen(
         [sys.executable, "-c", hold, str(folder / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
