@@ -197,7 +197,9 @@ def rotate_checkpoints(run_dir: str | Path, keep_last: int, keep_every: int) -> 
     """Delete all but the `keep_last` newest checkpoints and those whose step `keep_every` divides (0: none of them)."""
     for path in checkpoints(run_dir)[:-keep_last]:
         if not (keep_every and int(path.name) % keep_every == 0):
-            shutil.rmtree(path)
+            doomed = path.with_name(f".{path.name}.partial")  # so that a kill in between leaves no half checkpoint
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
 
 
 def newest_whole_checkpoint(run_dir: str | Path) -> Path | None:

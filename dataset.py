@@ -165,6 +165,7 @@ class ShardWriter:
                 _write_at(
                     descriptor, memoryview(rows).cast("B"), _NPY_HEADER + self.rows * (rows.nbytes // max(1, len(rows)))
                 )
+                os.fdatasync(descriptor)  # before its line in the journal, which a power cut could keep alone
             finally:
                 os.close(descriptor)
         batch = {

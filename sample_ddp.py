@@ -434,7 +434,7 @@ def draw_batches(
 
 
 def on_first(compute: Callable[[], Any]) -> Any:
-    """What `compute` gives on process 0, on every process. A ValueError is raised there; the others end quietly."""
+    """What `compute` gives on process 0, on every process. An error is raised there; the others end quietly."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -443,8 +443,8 @@ def on_first(compute: Callable[[], Any]) -> Any:
     try:
         if dist.get_rank() == 0:
             message[0] = compute()
-    except ValueError as error:
-        message[1] = str(error)
+    except Exception as error:
+        message[1] = str(error) or repr(error)
         raise
     finally:
         dist.broadcast_object_list(message)

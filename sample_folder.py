@@ -119,6 +119,7 @@ class UnfinishedSamples:
         with _full_disk_named(self.folder):
             if self.npz:
                 write_npz(self.partial / "samples.npz", self.partial / "images.raw", self.shape, labels)
+                _flush(self.partial / "samples.npz")  # before the images it was made from are removed
                 record = record | {"npz_sha256": _file_digest(self.partial / "samples.npz")}
                 os.replace(self.partial / "samples.npz", self.folder / "samples.npz")
             write_grid(self.partial / "samples.png", self.partial / "images.raw", self.shape)
@@ -149,6 +150,11 @@ def _write_at(descriptor: int, content: np.ndarray | bytes, offset: int) -> None
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _file_digest(path: Path) -> str:

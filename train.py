@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -482,6 +482,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = Accelerator(
         cpu=not on_gpu,  # else it does not join the processes that torchrun starts on CPUs
         mixed_precision=config.mixed_precision,
+        # Micro-batches are counted here: an inherited environment variable must not divide the loss once more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.run_dir,
         kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.timeout))],

@@ -195,7 +195,9 @@ def verify(config: DumpConfig, source: Source, vae: torch.nn.Module) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = cli.parse(DumpConfig, argv, __doc__.splitlines()[0])
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = config.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":  # of the processes of a machine, each has a GPU of its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device.startswith("cuda"):
         torch.backends.cudnn.allow_tf32 = False  # moments are the ground that everything else stands on
     source = open_source(config.source)

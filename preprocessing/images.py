@@ -9,7 +9,9 @@ import glob
 import io
 import json
 import os
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -127,6 +129,12 @@ class ZipSource:
     def read(self, index: int) -> bytes:
         if self._archive is None:
             self._archive = zipfile.ZipFile(self.path)
+        try:
+            return self._unpack(index)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:  # a damaged member, of a zip that can be read
+            raise OSError(str(error)) from error
+
+    def _unpack(self, index: int) -> bytes:
         member = self._archive.getinfo(self.prefix + self.names[index])
         if member.file_size > MAX_FILE_BYTES:
             raise OSError(f"{member.file_size:,} bytes when unpacked, no image has more than {MAX_FILE_BYTES:,}")
@@ -149,6 +157,12 @@ class ParquetSource:
         import pyarrow
         import pyarrow.parquet as parquet
 
+        folders = sorted({str(file.parent) for file in self.files})
+        if len(folders) > 1:
+            raise ValueError(
+                f"--source: expected parquet files of one folder, found those of {len(folders)}, which may be splits: "
+                f"{folders[0]}, {folders[1]}; give one of them"
+            )
         splits = sorted({file.name.split("-")[0] for file in self.files if "-of-" in file.name})
         if len(splits) > 1:
             raise ValueError(
@@ -224,7 +238,11 @@ def decode(content: bytes) -> Image.Image:
         if image.mode.startswith("I"):  # 16 bits in integers, which convert() would clip at 255
             return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
-    except (ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
+    except (
+        ValueError, SyntaxError, EOFError, IndexError, TypeError, OverflowError, struct.error, zlib.error,
+        Image.DecompressionBombError,
+    ) as error:  # fmt: skip
+        # What Pillow's readers raise for damaged files.
         raise OSError(str(error)) from error
 
 

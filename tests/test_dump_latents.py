@@ -170,6 +170,15 @@ def test_parquet_shards_as_on_the_hub(tmp_path):
     with pytest.raises(ValueError, match=r"one split, found train, validation; .*train-\*\.parquet"):
         open_source(tmp_path)
     assert open_source(f"{tmp_path}/data/validation-*.parquet").class_names == ["0"]
+    # The hub's converted layout: the same names in a folder for each split.
+    for split in ("train", "validation"):
+        (tmp_path / "default" / split).mkdir(parents=True)
+        parquet(tmp_path / "default" / split / "0000.parquet", rows[:2])
+    with pytest.raises(
+        ValueError, match=r"of one folder, found those of 2, which may be splits: .*/train, .*/validation"
+    ):
+        open_source(tmp_path / "default")
+    assert len(open_source(tmp_path / "default" / "train").names) == 2
 
 
 @pytest.mark.parametrize(

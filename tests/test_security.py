@@ -68,6 +68,28 @@ def test_bombs_are_refused(tmp_path, monkeypatch):
         ZipSource(tmp_path / "a.zip").read(0)
 
 
+@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_damaged_member_of_a_zip_is_an_unreadable_file(kind, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", kind) as archive:
+        archive.writestr("cat/1.png", bytes(range(256)) * 20)
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    for place in range(60, 200, 20):
+        content[place] ^= 0xFF
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(OSError, match=r"CRC|Error|invalid"):
+        ZipSource(tmp_path / "a.zip").read(0)
+
+
+@pytest.mark.parametrize("error", [TypeError, OverflowError, zipfile.zlib.error])
+def test_what_pillow_raises_for_damaged_files_is_an_unreadable_file(error, monkeypatch):
+    def broken(*_):
+        raise error("inside")
+
+    monkeypatch.setattr(images.Image, "open", broken)
+    with pytest.raises(OSError, match="inside"):
+        decode(b"x")
+
+
 @pytest.mark.parametrize("name", ["./vae", "/models/vae", "~/vae", "a/b/c", "../vae"])
 def test_hub_names_that_look_like_paths_are_paths(name, monkeypatch):
     def asked():

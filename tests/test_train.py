@@ -474,6 +474,11 @@ def test_a_run_goes_on_only_with_its_own_settings_and_data(data, tmp_path):
         run(tmp_path / "other", tmp_path, max_train_steps=3)
 
 
+def test_an_inherited_environment_does_not_divide_the_loss(data, tmp_path, plain, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert same(weights(run(data, tmp_path, label_dropout=0.5)), plain[0])
+
+
 def test_two_trainers_in_one_folder_are_refused(data, tmp_path):
     folder = run(data, tmp_path, max_train_steps=1)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
