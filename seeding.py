@@ -7,9 +7,14 @@ again and gets the same numbers. Purposes are short names ("noise", "time", ...)
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 16  # sampled images that share a generator; part of what determines the images
 
 
 def _digest(kind: str, seed: int, index: int, purpose: str) -> bytes:
@@ -18,6 +23,8 @@ def _digest(kind: str, seed: int, index: int, purpose: str) -> bytes:
 
 
 def _torch_generator(kind: str, seed: int, index: int, purpose: str, device: str | torch.device) -> torch.Generator:
+    import torch  # here, so that programs can read BLOCK without waiting for it
+
     state = int.from_bytes(_digest(kind, seed, index, purpose)[:8], "little")
     return torch.Generator(device).manual_seed(state)
 

@@ -10,7 +10,7 @@ import cli
 from cli import REQUIRED
 
 PROGRAMS = {
-    "train_config": "TrainConfig", "sample_ddp": "SampleConfig", "preprocessing.dump_latents": "DumpConfig",
+    "train_config": "TrainConfig", "sample_config": "SampleConfig", "preprocessing.dump_latents": "DumpConfig",
     "preprocessing.import_latents": "ImportConfig", "evaluations.evaluate": "EvaluateConfig",
     "analysis.sweep": "SweepConfig", "analysis.doctor": "DoctorConfig", "demo.run": "DemoConfig",
 }  # fmt: skip

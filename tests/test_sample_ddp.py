@@ -23,9 +23,10 @@ from checkpoint import load_sit, save_checkpoint
 from interpolant import Interpolant
 from models.sit import SiT, SiTConfig
 from models.vae import LatentScale, decode_images, load_vae, vae_digest
-from sample_ddp import BLOCK, Drawer, draw_labels
-from samplers import guided_velocity, sample_sde
-from seeding import block_generator
+from sample_config import SampleConfig
+from sample_ddp import Drawer, draw_labels
+from samplers import block_noise, guided_velocity, sample_sde
+from seeding import BLOCK, block_generator
 from tests.stores import make_vae
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,12 +178,8 @@ def test_another_batch_size_keeps_every_draw_and_changes_rounding_alone(checkpoi
     assert difference.max() <= 1
     assert (difference > 0).mean() < 1e-3
 
-    shared = {"seed": 3, "latent_shape": [4, 4, 4]}
-    small, large = (
-        Drawer(shared | {"batch_size": size}, None, None, {}, np.arange(K), torch.device("cpu")) for size in (16, 48)
-    )
-    for_large = large.noise(1)
-    for_small = [small.noise(batch) for batch in (3, 4, 5)]
+    for_large = block_noise(3, 48, 48, (4, 4, 4), "cpu")
+    for_small = [block_noise(3, first, 16, (4, 4, 4), "cpu") for first in (48, 64, 80)]
     for step in range(3):
         assert torch.equal(for_large(step), torch.cat([noise(step) for noise in for_small]))
 
@@ -222,7 +219,7 @@ def test_a_run_stopped_while_it_is_made_whole_goes_on(checkpoint, whole, tmp_pat
 
 
 def settings_of(checkpoint, output):
-    config = cli.parse(sample_ddp.SampleConfig, arguments(checkpoint, output, png=True))
+    config = cli.parse(SampleConfig, arguments(checkpoint, output, png=True))
     return sample_ddp.describe(config, *load_sit(checkpoint), torch.device("cpu"))
 
 

@@ -10,7 +10,7 @@ import pytest
 import cli
 from analysis import sweep
 from analysis.sweep import SweepConfig, as_flags, read_table, results, write_table
-from sample_ddp import SampleConfig
+from sample_config import SampleConfig
 from tests.stores import make_store, make_vae
 from train_config import TrainConfig
 

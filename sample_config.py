@@ -1,0 +1,103 @@
+"""Every setting of a set of samples: flags, YAML keys and what decides the images, in one dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cli import REQUIRED, flag
+from seeding import BLOCK
+
+SAMPLERS = ("sde", "ode-euler", "ode-heun")
+NEIGHBOURS = 3  # of precision and recall, as in the ADM suite
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    checkpoint: str = flag(
+        REQUIRED,
+        "checkpoint <run>/checkpoints/<step>, or a run (its newest one), or a file of SiT's, REPA's or SRA's",
+        group="files",
+    )
+    output_dir: str | None = flag(
+        None, "folder of the result; by default <run>/samples/ and a name made of the settings", group="files"
+    )
+    vae: str | None = flag(
+        None,
+        "hub name, local folder or file of the VAE, if not where the checkpoint says; must be the same VAE",
+        group="files",
+    )
+    npz: bool = flag(True, "write samples.npz", group="files")
+    png: bool = flag(False, "also write each image as images/000000.png", group="files")
+
+    evaluate: str | None = flag(
+        None,
+        "measure the samples against this reference as they are drawn, into metrics.json: what --ref of "
+        "evaluations.evaluate takes",
+        group="evaluation",
+    )
+    features: str = flag("inception", "network of --evaluate: inception, dinov2, vae or random", group="evaluation")
+    inception_weights: str | None = flag(
+        None, "weights-inception-2015-12-05-6726825d.pth; by default torch's cache, or a download", group="evaluation"
+    )
+
+    num_samples: int = flag(50_000, "images in all", group="what to draw")
+    labels: str = flag(
+        "random",
+        "random: a fair draw per image; balanced: in every K images each of the K classes once, shuffled",
+        choices=("random", "balanced"),
+        group="what to draw",
+    )
+    classes: tuple[int, ...] | None = flag(
+        None, "draw these classes only, by number", group="what to draw", metavar="CLASS"
+    )
+    seed: int = flag(0, "seed of noise and labels", group="what to draw")
+
+    sampler: str = flag("sde", "solver: SDE by Euler-Maruyama, ODE by Euler or Heun", choices=SAMPLERS, group="solver")
+    num_steps: int = flag(250, "steps; each costs one evaluation of the network (ode-heun: two)", group="solver")
+    last_t: float = flag(0.04, "sde: time at which the last step, without noise, begins", group="solver")
+    guidance_scale: float = flag(1.0, "v_null + scale (v_class - v_null): 1 is no guidance", group="solver")
+    guidance_low: float = flag(0.0, "guide from this time on; t = 0 is data", group="solver")
+    guidance_high: float = flag(1.0, "guide up to this time; t = 1 is noise", group="solver")
+
+    per_proc_batch_size: int = flag(64, f"images per batch of a process, a multiple of {BLOCK}", group="speed")
+    mixed_precision: str | None = flag(
+        None,
+        "precision of the network; bf16 on a GPU and no (float32) on a CPU unless set",
+        choices=("no", "bf16"),
+        group="speed",
+    )
+    compile: bool | None = flag(None, "torch.compile each block; on a GPU unless set", group="speed")
+    vae_precision: str = flag("no", "precision of the VAE's decoder", choices=("no", "bf16"), group="speed")
+    tf32: bool = flag(False, "TF32 for float32 products on the GPU", group="speed")
+    timeout: int = flag(43_200, "seconds after which a process that waits for another gives up", group="speed")
+    device: str | None = flag(None, "a GPU if there is one, unless set", choices=("cpu", "cuda"), group="speed")
+
+    def __post_init__(self):
+        for name in ("num_samples", "num_steps", "timeout"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        size = self.per_proc_batch_size
+        _check(
+            self,
+            "per_proc_batch_size",
+            size >= BLOCK and size % BLOCK == 0,
+            f"a multiple of {BLOCK} (one block of images)",
+        )
+        _check(self, "last_t", 0 < self.last_t < 1, "a time in (0, 1)")
+        _check(self, "guidance_scale", abs(self.guidance_scale) < float("inf"), "a finite scale (1 is none)")
+        _check(self, "guidance_low", 0 <= self.guidance_low <= 1, "a time in [0, 1]")
+        _check(
+            self, "guidance_high", self.guidance_low <= self.guidance_high <= 1,
+            f"a time in [{self.guidance_low}, 1], not before --guidance-low",
+        )  # fmt: skip
+        _check(self, "seed", self.seed >= 0, "at least 0")
+        if self.evaluate and self.num_samples <= NEIGHBOURS:
+            raise ValueError(
+                f"--evaluate: expected more than {NEIGHBOURS} samples, found --num-samples {self.num_samples}"
+            )
+        if not (self.npz or self.png or self.evaluate):
+            raise ValueError("--no-npz: expected --png or --evaluate beside it, found neither: nothing would be kept")
+
+
+def _check(config: SampleConfig, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, found {getattr(config, name)}")
