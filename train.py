@@ -36,7 +36,7 @@ import checkpoint
 import cli
 import provenance
 from dataset import LatentDataset, StepSampler
-from ema import update_ema
+from ema import MovingAverage
 from guard import StepGuard
 from interpolant import Interpolant
 from loss import Alignment, training_loss
@@ -44,6 +44,7 @@ from methods import METHODS, Batch, Context, Method, chosen
 from models.aligned import AlignedSiT
 from models.sit import SiT, SiTConfig
 from models.vae import UNKNOWN_VAE, LatentScale, decode_images, load_vae, vae_digest
+from optimizer import gather_state, make_optimizer, refuse_if, settle
 from preemption import StopRequest, exit_code, ignore_signals
 from runlog import RunLog
 from samplers import guided_velocity, sample_ode
@@ -111,6 +112,7 @@ class Run:
     model: torch.nn.Module  # AlignedSiT, wrapped by DDP when there are several processes
     sit: SiT  # the backbone inside `model`
     ema: SiT  # its moving average
+    average: MovingAverage  # brings `ema` up to date
     optimizer: torch.optim.Optimizer
     guard: StepGuard
     writer: checkpoint.CheckpointWriter
@@ -173,14 +175,14 @@ def train_step(run: Run, step: int, micro_batches: list[dict[str, Tensor]]) -> N
     gradient_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
     values = torch.cat([torch.stack(losses).mean(dim=0), gradient_norm.detach().reshape(1)])
     apply_step(run, refused=run.guard.judge(step, values))
-    update_ema(run.ema, sit, config.ema_decay)
+    run.average.update()
 
 
 def apply_step(run: Run, refused: Tensor) -> None:
-    """The optimizer's step; where `refused` () is 1 it does nothing, moments included: AdamW looks on the device."""
+    """The optimizer's step; where `refused` () is 1 it does nothing, moments included."""
     optimizer, scaler = run.optimizer.optimizer, run.accelerator.scaler
     if scaler is None:
-        optimizer.found_inf = refused
+        refuse_if(optimizer, refused)
     else:  # float16's scaler has such a number of its own, for gradients that overflow
         for found in scaler._found_inf_per_device(optimizer).values():
             found.copy_(torch.maximum(found, refused))
@@ -375,6 +377,8 @@ def fit(run: Run, start: int, loader: DataLoader, log: RunLog, vae: torch.nn.Mod
         row, healthy = read_metrics(run, step, begin)
         if main_process:
             report(run, row, log, progress)
+        if save and healthy:
+            gather_state(run.optimizer.optimizer)
         if save and healthy and main_process:
             trained, optimizer = accelerator.unwrap_model(run.model), run.optimizer.optimizer
             state = checkpoint.snapshot(trained, run.ema, optimizer, accelerator.scaler, run.guard.state_dict())
@@ -509,10 +513,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.compile:
         for module in [*sit.blocks, *model.heads.values()]:
             module.compile(fullgraph=True, dynamic=False)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon,
-        config.adam_weight_decay, fused=True,
-    )  # fmt: skip
+    optimizer = make_optimizer(config, model.parameters())
     terms = [f"align_{term}" for term in model.heads]
     guard = StepGuard(
         ["loss", "velocity", *terms, "grad_norm"], accelerator.device, config.spike_factor, config.skip_spikes
@@ -521,13 +522,15 @@ def main(argv: list[str] | None = None) -> None:
         guard.load_state_dict(
             checkpoint.load_checkpoint(newest, model, ema, optimizer, accelerator.scaler, verify=False)
         )
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate  # may have been changed since
+        settle(optimizer, config.learning_rate)
         accelerator.print(f"going on from {newest}")
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model = accelerator.prepare(model)
+    optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it is where the model is
     writer = checkpoint.CheckpointWriter(config.run_dir, config.keep_last, config.keep_every)
+    average = MovingAverage(ema, sit, config.ema_decay)
     run = Run(
-        config, accelerator, model, sit, ema, optimizer, guard, writer, interpolant, methods, store.scale, len(store)
+        config, accelerator, model, sit, ema, average, optimizer, guard, writer, interpolant, methods, store.scale,
+        len(store),
     )  # fmt: skip
 
     initial = checkpoint.read_state(newest).get("initial") if newest else None

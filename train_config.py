@@ -145,6 +145,9 @@ class TrainConfig:
     grad_checkpoint: int = flag(
         0, "run every k-th block again in the backward pass, to save memory (1: each, 0: none)", group="speed"
     )
+    zero1: bool = flag(
+        False, "divide the optimizer's moments over the processes: the same weights, less memory", group="speed"
+    )
     profile: int = flag(0, "write a trace of this many steady steps to <run>/profile.json (0: none)", group="speed")
     compile: bool | None = flag(None, "torch.compile each block; on a GPU unless set", group="speed")
 
@@ -192,7 +195,8 @@ FREE_ON_RESUME = {
     "data_dir", "num_workers", "output_dir", "exp_name", "resume", "gradient_accumulation_steps", "max_train_steps",
     "compile", "checkpointing_steps", "keep_last", "keep_every", "log_every", "report_to", "tracker_project",
     "sampling_steps", "sampling_count", "sampling_guidance", "sampling_num_steps", "vae", "resolution",
-    "max_bad_steps", "timeout", "verify_data", "grad_checkpoint", "profile",
+    "max_bad_steps", "timeout", "verify_data", "grad_checkpoint", "zero1",
+    "profile",
 }  # fmt: skip
 # Settings that may be changed when a run goes on, to bring one through an instability; a change is announced.
 CHANGEABLE_ON_RESUME = {"learning_rate", "max_grad_norm", "mixed_precision", "spike_factor", "skip_spikes"}
@@ -230,6 +234,8 @@ def resolve(config: TrainConfig, store: LatentDataset, on_gpu: bool) -> TrainCon
     config = dataclasses.replace(config, **{k: v for k, v in decided.items() if getattr(config, k) is None})
     if config.mixed_precision == "fp16" and not on_gpu:
         raise ValueError("--mixed-precision fp16: expected a GPU, found none; use bf16 or no")
+    if config.zero1 and config.mixed_precision == "fp16":
+        raise ValueError("--zero1: expected --mixed-precision bf16 or no with it, found fp16")
     if config.resolution != store.meta["resolution"]:
         raise ValueError(
             f"--resolution: expected {store.meta['resolution']}, which {config.data_dir} was made at, "

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -129,6 +130,33 @@ def test_processes_and_accumulation_change_neither_batches_nor_losses(data, tmp_
         for row, other_row in zip(rows, other_rows, strict=True):
             for name in ("loss", "velocity", "align_vae", "grad_norm"):
                 assert other_row[name] == pytest.approx(row[name], rel=1e-5)
+
+
+def launched(processes, *arguments):
+    """Train in processes of their own."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+        str(ROOT / "train.py"), *arguments,
+    ]  # fmt: skip
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_with_divided_moments_equals_one_without_and_may_change_over(data, tmp_path):
+    whole, divided = (
+        functools.partial(settings, data, tmp_path, batch_size=8, zero1=zero1, keep_last=9) for zero1 in (False, True)
+    )
+    launched(2, *whole(exp_name="whole", max_train_steps=4))
+    launched(2, *divided(exp_name="divided", max_train_steps=2))
+    launched(2, *whole(exp_name="divided", max_train_steps=3))
+    launched(2, *divided(exp_name="divided", max_train_steps=4))
+    expected, found = (checkpoint.latest_checkpoint(tmp_path / name) for name in ("whole", "divided"))
+    for file in ("model.safetensors", "ema.safetensors"):
+        assert (expected / file).read_bytes() == (found / file).read_bytes()
+    a, b = (torch.load(folder / "optimizer.pt", weights_only=True)["optimizer"] for folder in (expected, found))
+    assert a["state"].keys() == b["state"].keys()
+    assert all(same(state, b["state"][key]) for key, state in a["state"].items())
 
 
 def test_the_loss_is_that_of_the_store_and_the_step(data, tmp_path, monkeypatch):

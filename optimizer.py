@@ -1,0 +1,59 @@
+"""AdamW, on one process or divided over several (ZeRO-1), whose step can be refused without asking the host.
+
+Divided, each process keeps the moments of its share of the parameters, updates that share and sends it to the others:
+the same numbers, in less memory. Checkpoints hold the whole state either way, so that a run may change over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from train_config import TrainConfig
+
+
+def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with the run's settings, in one fused kernel; with --zero1 divided over the processes, if several."""
+    settings = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.adam_weight_decay,
+        "fused": True,
+    }
+    if not (config.zero1 and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return torch.optim.AdamW(parameters, **settings)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    # Not as views of one tensor: where a weight lies in memory changes how its products are rounded.
+    return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, parameters_as_bucket_view=False, **settings)
+
+
+def own_share(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The AdamW that this process steps: all of it, or its share."""
+    return getattr(optimizer, "optim", optimizer)
+
+
+def refuse_if(optimizer: torch.optim.Optimizer, refused: Tensor) -> None:
+    """Let the next step do nothing, moments included, where `refused` () float32 is 1: AdamW looks on the device."""
+    own_share(optimizer).found_inf = refused
+
+
+def gather_state(optimizer: torch.optim.Optimizer) -> None:
+    """Bring the whole state to process 0, whose `state_dict` then gives it. All processes call it."""
+    if own_share(optimizer) is not optimizer:
+        optimizer.consolidate_state_dict(to=0)
+
+
+def settle(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Make a state that has just been loaded fit to go on from; the learning rate may have been changed since."""
+    own = own_share(optimizer)
+    for group in (*optimizer.param_groups, *own.param_groups):
+        group["lr"] = learning_rate
+    for parameter, values in own.state.items():
+        # The fused kernel counts steps where it computes; a divided state comes with its counts on the host.
+        values["step"] = values["step"].to(parameter.device)
