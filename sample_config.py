@@ -11,15 +11,32 @@ SAMPLERS = ("sde", "ode-euler", "ode-heun")
 NEIGHBOURS = 3  # of precision and recall, as in the ADM suite
 
 
+LARGEST_BATCH, CPU_BATCH = 256, 64  # of --per-proc-batch-size auto
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What may differ between the sets of samples of one checkpoint."""
+
+    scale: float  # 1 is none
+    interval: tuple[float, float] | None  # times, both included
+
+
 @dataclass(frozen=True)
 class SampleConfig:
-    checkpoint: str = flag(
+    """Settings of one set of samples, or of a sweep over checkpoints, guidance scales and intervals."""
+
+    checkpoint: tuple[str, ...] = flag(
         REQUIRED,
-        "checkpoint <run>/checkpoints/<step>, or a run (its newest one), or a file of SiT's, REPA's or SRA's",
+        "checkpoint <run>/checkpoints/<step>, or a run (its newest one), or a file of SiT's, REPA's or SRA's; several "
+        "make a set of samples each",
         group="files",
     )
     output_dir: str | None = flag(
-        None, "folder of the result; by default <run>/samples/ and a name made of the settings", group="files"
+        None,
+        "folder of the result, of several results their parent; by default <run>/samples/ and a name made of the "
+        "settings",
+        group="files",
     )
     vae: str | None = flag(
         None,
@@ -55,11 +72,26 @@ class SampleConfig:
     sampler: str = flag("sde", "solver: SDE by Euler-Maruyama, ODE by Euler or Heun", choices=SAMPLERS, group="solver")
     num_steps: int = flag(250, "steps; each costs one evaluation of the network (ode-heun: two)", group="solver")
     last_t: float = flag(0.04, "sde: time at which the last step, without noise, begins", group="solver")
-    guidance_scale: float = flag(1.0, "v_null + scale (v_class - v_null): 1 is no guidance", group="solver")
-    guidance_low: float = flag(0.0, "guide from this time on; t = 0 is data", group="solver")
-    guidance_high: float = flag(1.0, "guide up to this time; t = 1 is noise", group="solver")
+    guidance_scale: tuple[float, ...] = flag(
+        (1.0,),
+        "v_null + scale (v_class - v_null): 1 is no guidance; several make a set of samples each, from the same noise",
+        group="solver",
+        metavar="SCALE",
+    )
+    guidance_low: tuple[float, ...] = flag(
+        (0.0,), "guide from this time on; t = 0 is data; several: with --guidance-high, an interval each",
+        group="solver", metavar="T",
+    )  # fmt: skip
+    guidance_high: tuple[float, ...] = flag(
+        (1.0,), "guide up to this time; t = 1 is noise; several: an interval each", group="solver", metavar="T"
+    )
 
-    per_proc_batch_size: int = flag(64, f"images per batch of a process, a multiple of {BLOCK}", group="speed")
+    per_proc_batch_size: str = flag(
+        "64",
+        f"images per batch of a process, a multiple of {BLOCK}; auto: the largest up to {LARGEST_BATCH} for which a "
+        f"GPU has memory (on a CPU {CPU_BATCH})",
+        group="speed",
+    )
     mixed_precision: str | None = flag(
         None,
         "precision of the network; bf16 on a GPU and no (float32) on a CPU unless set",
@@ -67,7 +99,10 @@ class SampleConfig:
         group="speed",
     )
     compile: bool | None = flag(None, "torch.compile each block; on a GPU unless set", group="speed")
-    vae_precision: str = flag("no", "precision of the VAE's decoder", choices=("no", "bf16"), group="speed")
+    vae_precision: str | None = flag(
+        None, "precision of the VAE's decoder; bf16 on a GPU and no (float32) on a CPU unless set",
+        choices=("no", "bf16"), group="speed",
+    )  # fmt: skip
     tf32: bool = flag(False, "TF32 for float32 products on the GPU", group="speed")
     timeout: int = flag(43_200, "seconds after which a process that waits for another gives up", group="speed")
     device: str | None = flag(None, "a GPU if there is one, unless set", choices=("cpu", "cuda"), group="speed")
@@ -79,16 +114,16 @@ class SampleConfig:
         _check(
             self,
             "per_proc_batch_size",
-            size >= BLOCK and size % BLOCK == 0,
-            f"a multiple of {BLOCK} (one block of images)",
+            size == "auto" or (size.isdigit() and int(size) >= BLOCK and int(size) % BLOCK == 0),
+            f"a multiple of {BLOCK} (one block of images), or auto",
         )
         _check(self, "last_t", 0 < self.last_t < 1, "a time in (0, 1)")
-        _check(self, "guidance_scale", abs(self.guidance_scale) < float("inf"), "a finite scale (1 is none)")
-        _check(self, "guidance_low", 0 <= self.guidance_low <= 1, "a time in [0, 1]")
-        _check(
-            self, "guidance_high", self.guidance_low <= self.guidance_high <= 1,
-            f"a time in [{self.guidance_low}, 1], not before --guidance-low",
-        )  # fmt: skip
+        _check(self, "guidance_scale", all(abs(k) < float("inf") for k in self.guidance_scale), "finite scales")
+        lows, highs = len(self.guidance_low), len(self.guidance_high)
+        _check(self, "guidance_high", lows == highs or 1 in (lows, highs), f"as many times as --guidance-low ({lows})")
+        for low, high in self.guidance_intervals():
+            _check(self, "guidance_low", 0 <= low <= 1, "times in [0, 1]")
+            _check(self, "guidance_high", low <= high <= 1, f"a time in [{low}, 1], not before --guidance-low")
         _check(self, "seed", self.seed >= 0, "at least 0")
         if self.evaluate and self.num_samples <= NEIGHBOURS:
             raise ValueError(
@@ -97,7 +132,23 @@ class SampleConfig:
         if not (self.npz or self.png or self.evaluate):
             raise ValueError("--no-npz: expected --png or --evaluate beside it, found neither: nothing would be kept")
 
+    def guidance_intervals(self) -> list[tuple[float, float]]:
+        """The intervals of guidance, (low, high) each."""
+        count = max(len(self.guidance_low), len(self.guidance_high))
+        lows, highs = (times * count if len(times) == 1 else times for times in (self.guidance_low, self.guidance_high))
+        return list(zip(lows, highs, strict=True))
+
+    def guidances(self) -> list[Guidance]:
+        """Each scale on each interval; no guidance (scale 1) has none, and comes once."""
+        intervals = self.guidance_intervals()
+        found = [
+            Guidance(scale, None if scale == 1 else interval) for scale in self.guidance_scale for interval in intervals
+        ]
+        return list(dict.fromkeys(found))
+
 
 def _check(config: SampleConfig, name: str, holds: bool, expected: str) -> None:
     if not holds:
-        raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, found {getattr(config, name)}")
+        found = getattr(config, name)
+        found = " ".join(map(str, found)) if isinstance(found, tuple) else found
+        raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, found {found}")

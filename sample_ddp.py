@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node=8 sample_ddp.py --checkpoint exps/run/checkpoints/0400000
     python sample_ddp.py --checkpoint exps/run/checkpoints/0400000 --num-samples 64
+    torchrun ... sample_ddp.py --checkpoint exps/run --guidance-scale 1 1.5 2 --guidance-high 1 0.7 --evaluate REF
 
 Model, latent scale and VAE come from the checkpoint. Images are drawn in fixed blocks of `BLOCK`, each with a generator
 of its own, and the label of image i depends on the seed and i alone: any number of processes gives the same bytes, and
@@ -12,19 +13,21 @@ Shape suffixes: N images, B images of a batch, R image side, C latent channels, 
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cli
-from sample_config import NEIGHBOURS, SampleConfig
+from sample_config import CPU_BATCH, LARGEST_BATCH, NEIGHBOURS, Guidance, SampleConfig
 from seeding import BLOCK
 
 # torch and what imports it is imported where it is used, so that --help does not wait for it.
@@ -77,11 +80,16 @@ def choose_classes(config: SampleConfig, num_classes: int) -> np.ndarray:  # -> 
     return np.array(config.classes)
 
 
-def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Everything that determines the images, but for the code's version and the device's rounding. JSON values."""
+def describe(
+    config: SampleConfig, guidance: Guidance, sit: SiT, info: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Everything that determines a set of images, but for the code's version and the device's rounding. JSON values.
+
+    The size of a batch is left to `choose_batch_size`.
+    """
     from models.vae import UINT8_RULE
 
-    guided = config.guidance_scale != 1
+    on_gpu = device.type == "cuda"
     return {
         "checkpoint_digest": info["digest"],
         "checkpoint_format": info["format"],
@@ -91,19 +99,17 @@ def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch
         "num_steps": config.num_steps,
         "last_t": config.last_t if config.sampler == "sde" else None,
         "diffusion": "2t" if config.sampler == "sde" else None,
-        "guidance_scale": config.guidance_scale,
-        "guidance_interval": [config.guidance_low, config.guidance_high] if guided else None,
+        "guidance_scale": guidance.scale,
+        "guidance_interval": guidance.interval and list(guidance.interval),
         "num_samples": config.num_samples,
         "labels": config.labels,
         "classes": config.classes and list(config.classes),
         "seed": config.seed,
         "block_size": BLOCK,
-        # Batches are whole even at the end, so that each image is computed in the same company whatever the count.
-        "batch_size": min(config.per_proc_batch_size, -(-config.num_samples // BLOCK) * BLOCK),
-        "mixed_precision": config.mixed_precision or ("bf16" if device.type == "cuda" else "no"),
-        "compile": (device.type == "cuda") if config.compile is None else config.compile,
-        "vae_precision": config.vae_precision,
-        "tf32": config.tf32 and device.type == "cuda",
+        "mixed_precision": config.mixed_precision or ("bf16" if on_gpu else "no"),
+        "compile": on_gpu if config.compile is None else config.compile,
+        "vae_precision": config.vae_precision or ("bf16" if on_gpu else "no"),
+        "tf32": config.tf32 and on_gpu,
         "device_type": device.type,
         "vae_digest": info["vae_digest"],
         "latent_scale": info["scale"].to_dict(),
@@ -152,6 +158,8 @@ def load_decoder(name: str, settings: dict[str, Any], device: torch.device) -> A
     Raises:
         ValueError: it cannot be loaded, or is another one.
     """
+    import torch
+
     from models.vae import load_vae, vae_digest, vae_factor
 
     vae = load_vae(name, device)
@@ -168,12 +176,14 @@ def load_decoder(name: str, settings: dict[str, Any], device: torch.device) -> A
             f"{vae_factor(vae)} times latents of side {latent_side} and {vae.config.latent_channels} channels with the "
             f"VAE {name}; the checkpoint and its VAE do not belong together"
         )
-    return vae.bfloat16() if settings["vae_precision"] == "bf16" else vae
+    if settings["vae_precision"] == "bf16":  # whose convolutions run on the GPU's matrix units, channels last
+        vae = vae.to(torch.bfloat16, memory_format=torch.channels_last)
+    return vae
 
 
 @dataclass
 class Drawer:
-    """Draws batches: what they depend on, on one device."""
+    """Draws batches: what they depend on, on one device. On a GPU they are decoded in a stream of its own."""
 
     settings: dict[str, Any]
     sit: SiT
@@ -181,6 +191,7 @@ class Drawer:
     info: dict[str, Any]
     classes: np.ndarray  # (K,) int64
     device: torch.device
+    stream: torch.cuda.Stream | None = None
 
     def labels(self, first: int, count: int) -> np.ndarray:  # -> (count,) int64
         return draw_labels(self.settings["labels"], self.classes, self.settings["seed"], first, count)
@@ -203,15 +214,82 @@ class Drawer:
         interpolant = Interpolant(settings["path_type"])
         return solve(settings["sampler"], velocity, noise, settings["num_steps"], interpolant, settings["last_t"])
 
-    def images(self, batch: int) -> tuple[Tensor, Tensor]:  # -> (B, R, R, 3) uint8, (B,) bool
-        """The batch's images, and which of its latents are finite. Decoded block by block: the decoder needs memory."""
+    def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:  # (B, C, H, W) -> (B, R, R, 3) uint8, (B,) bool
+        """Images, and which are finite as latents and in colour. Block by block: the decoder needs memory."""
         import torch
 
-        from models.vae import decode_images
+        from models.vae import decode, to_uint8
 
-        z = self.latents(batch)  # (B, C, H, W)
-        images = [decode_images(self.vae, block, self.info["scale"]) for block in z.float().split(BLOCK)]
-        return torch.cat(images), z.isfinite().flatten(1).all(dim=1)
+        images, finite = [], z.isfinite().flatten(1).all(dim=1)
+        for block in z.float().split(BLOCK):
+            x = decode(self.vae, block, self.info["scale"])  # (b, 3, R, R)
+            images.append(to_uint8(x))
+            first = (len(images) - 1) * BLOCK
+            finite[first : first + BLOCK] &= x.isfinite().flatten(1).all(dim=1)
+        return torch.cat(images), finite
+
+    @contextmanager
+    def aside(self, *tensors: Tensor) -> Iterator[None]:
+        """On a GPU: what is started here, on tensors that are being computed, does not hold up the next batch."""
+        import torch
+
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        for tensor in tensors:  # the allocator must not give their memory away before the stream is done with it
+            tensor.record_stream(self.stream)
+
+
+def whole_blocks(images: int) -> int:
+    """As many images or a few more: batches are whole even at the end, so that an image always has the same company."""
+    return -(-images // BLOCK) * BLOCK
+
+
+def known_batch_size(config: SampleConfig, folder: Path, device: torch.device) -> int | None:
+    """Images per batch: as the flag says, or by `auto` what the folder was begun with; None if that is to be tried."""
+    import sample_folder
+
+    if config.per_proc_batch_size != "auto":
+        return min(int(config.per_proc_batch_size), whole_blocks(config.num_samples))
+    begun = sample_folder.batch_size_of(folder)
+    on_cpu = min(CPU_BATCH, whole_blocks(config.num_samples)) if device.type == "cpu" else None
+    return on_cpu if begun is None else begun
+
+
+def largest_batch_size(fits: Callable[[int], bool], share: int) -> int:
+    """The largest batch of whole blocks, up to LARGEST_BATCH and a process's `share` of the images, that fits.
+
+    Raises:
+        ValueError: there is no memory for a single block.
+    """
+    for size in range(min(LARGEST_BATCH, whole_blocks(share)), 0, -BLOCK):
+        if fits(size):
+            return size
+    raise ValueError(
+        f"--per-proc-batch-size auto: expected memory for {BLOCK} images at once, found too little on the GPU; free "
+        f"it from other programs, or give --device cpu"
+    )
+
+
+def fits_on_gpu(drawer: Drawer, size: int) -> bool:
+    """Whether a guided evaluation of the network and the decoder leave a tenth of the memory free."""
+    import torch
+
+    tried = {"batch_size": size, "num_steps": 1, "guidance_interval": [0.0, 1.0]}
+    drawer = dataclasses.replace(drawer, settings=drawer.settings | tried, stream=None)
+    torch.cuda.empty_cache()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # shapes that are only tried must not be compiled
+            drawer.decode(drawer.latents(0))
+        free, total = torch.cuda.mem_get_info(drawer.device)  # what was used is kept until the next line but one
+        return free >= 0.1 * total
+    except torch.cuda.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
 
 
 def start_copy(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
@@ -306,10 +384,12 @@ def draw_batches(
     with progress, ThreadPoolExecutor(1) as writer:
         in_flight: deque = deque()
         for batch in batches:
-            images, finite = drawer.images(batch)
-            in_flight.append(writer.submit(store_batch, samples, batch, start_copy(images, finite)))
-            if evaluation:
-                show_to(evaluation, samples, batch, images)
+            z = drawer.latents(batch)
+            with drawer.aside(z):
+                images, finite = drawer.decode(z)
+                in_flight.append(writer.submit(store_batch, samples, batch, start_copy(images, finite)))
+                if evaluation:
+                    show_to(evaluation, samples, batch, images)
             if len(in_flight) > 1:
                 in_flight.popleft().result()
             progress.update(samples.count() - progress.n)  # those of the other processes as well
@@ -373,47 +453,89 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def sample(config: SampleConfig, rank: int, processes: int) -> None:
-    """Draw what is missing of the samples, as process `rank` of `processes`; process 0 makes the folder whole."""
+    """Draw each set of samples that is asked for, as process `rank` of `processes`."""
     import torch
 
-    import provenance
     import sample_folder
-    from checkpoint import load_sit
-    from models.vae import UNKNOWN_VAE, load_vae, vae_digest
 
     device = choose_device(config.device)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
     torch.backends.cudnn.deterministic = True
 
-    sit, info = load_sit(config.checkpoint)
-    if info["scale"] is None:
-        raise ValueError(
-            f"--checkpoint {config.checkpoint}: expected a file that tells the scale of its latents, or latents of 4 "
-            f"channels (the SD-VAE's), found {sit.config.in_channels} channels; fine-tune it on a store by train.py "
-            f"--init-from, whose checkpoints tell it"
-        )
-    vae_name = config.vae or info["vae"]
-    if info["vae_digest"] == UNKNOWN_VAE:  # taken as it is, and held fast for this folder
-        info["vae_digest"] = vae_digest(load_vae(vae_name))
-        if rank == 0:
-            print(f"{config.checkpoint} does not say which VAE it was trained with: taking {vae_name}", flush=True)
-    classes = choose_classes(config, len(info["class_names"]))
-    settings = describe(config, sit, info, device)
-    folder = Path(config.output_dir) if config.output_dir else default_folder(info, settings)
-    if on_first(lambda: sample_folder.is_complete(folder, settings)):
-        if rank == 0:
-            sample_folder.remove_partial(folder)
-            print(f"{folder} is complete: {settings['num_samples']:,} images of these settings; nothing to do")
-        if config.evaluate and not (folder / "metrics.json").is_file():
-            raise ValueError(f"{folder} was drawn without --evaluate; run python -m evaluations.evaluate on it")
-        return
-    if settings["compile"]:  # two static shapes: a batch, and with guidance a doubled one
-        for block in sit.blocks:
-            block.compile(fullgraph=True, dynamic=False)
-    drawer = Drawer(settings, sit.to(device), load_decoder(vae_name, settings, device), info, classes, device)
-    evaluation = start_evaluation(config, vae_name, settings, device) if config.evaluate else None
+    evaluation = None
+    for checkpoint in config.checkpoint:
+        sit, info, vae_name, classes = load_model(config, checkpoint, rank)
+        vae = None
+        for guidance in config.guidances():
+            settings = describe(config, guidance, sit, info, device)
+            folder = choose_folder(config, info, settings)
+            settings["batch_size"] = known_batch_size(config, folder, device)
+            if on_first(lambda folder=folder, settings=settings: sample_folder.is_complete(folder, settings)):
+                report_complete(config, folder, settings, rank)
+                continue
+            if vae is None:
+                vae = load_decoder(vae_name, settings, device)
+                sit.to(device)
+                if settings["compile"]:  # two static shapes: a batch, and with guidance a doubled one
+                    for block in sit.blocks:
+                        block.compile(fullgraph=True, dynamic=False)
+            stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+            drawer = Drawer(settings, sit, vae, info, classes, device, stream)
+            if settings["batch_size"] is None:
+                settings["batch_size"] = agreed_batch_size(drawer, processes)
+            if config.evaluate and evaluation is None:
+                evaluation = start_evaluation(config, vae_name, settings, device)
+            elif evaluation:
+                evaluation.begin_again()
+            draw_set(drawer, folder, vae_name, evaluation, rank, processes)
 
+
+def agreed_batch_size(drawer: Drawer, processes: int) -> int:
+    """The largest batch that fits on every process's GPU."""
+    import torch
+
+    share = -(-drawer.settings["num_samples"] // processes)
+    size = torch.tensor(largest_batch_size(lambda size: fits_on_gpu(drawer, size), share))
+    if processes > 1:
+        torch.distributed.all_reduce(size, torch.distributed.ReduceOp.MIN)
+    return size.item()
+
+
+def choose_folder(config: SampleConfig, info: dict[str, Any], settings: dict[str, Any]) -> Path:
+    """Where a set of samples goes; of a sweep each into a folder of its own, named after what it is."""
+    folder = default_folder(info, settings)
+    if config.output_dir is None:
+        return folder
+    sweep = len(config.checkpoint) * len(config.guidances()) > 1
+    return Path(config.output_dir) / f"{folder.parent.parent.name}-{folder.name}" if sweep else Path(config.output_dir)
+
+
+def report_complete(config: SampleConfig, folder: Path, settings: dict[str, Any], rank: int) -> None:
+    """Say that there is nothing to do.
+
+    Raises:
+        ValueError: metrics are asked for, and the samples were drawn without.
+    """
+    import sample_folder
+
+    if rank == 0:
+        sample_folder.remove_partial(folder)
+        print(f"{folder} is complete: {settings['num_samples']:,} images of these settings; nothing to do")
+    if config.evaluate and not (folder / "metrics.json").is_file():
+        raise ValueError(f"{folder} was drawn without --evaluate; run python -m evaluations.evaluate on it")
+
+
+def draw_set(
+    drawer: Drawer, folder: Path, vae_name: str, evaluation: Evaluation | None, rank: int, processes: int
+) -> None:
+    """Draw what is missing of one set of samples; process 0 makes the folder whole."""
+    import torch
+
+    import provenance
+    import sample_folder
+
+    settings, info, device = drawer.settings, drawer.info, drawer.device
     on_first(lambda: sample_folder.create(folder, settings))
     samples = sample_folder.UnfinishedSamples(folder, settings)
     if rank == 0:
@@ -447,6 +569,30 @@ def sample(config: SampleConfig, rank: int, processes: int) -> None:
             print(f"{name:>24}  {value:.6g}")
         print(f"{folder}: {settings['num_samples']:,} images, {drawn / seconds:.3g} images/s", flush=True)
     samples.close()
+
+
+def load_model(config: SampleConfig, checkpoint: str, rank: int) -> tuple[SiT, dict[str, Any], str, np.ndarray]:
+    """The SiT of a checkpoint, what is known of it, the name of its VAE, and the classes to draw from.
+
+    Raises:
+        ValueError: it does not tell enough, or has not the classes.
+    """
+    from checkpoint import load_sit
+    from models.vae import UNKNOWN_VAE, load_vae, vae_digest
+
+    sit, info = load_sit(checkpoint)
+    if info["scale"] is None:
+        raise ValueError(
+            f"--checkpoint {checkpoint}: expected a file that tells the scale of its latents, or latents of 4 "
+            f"channels (the SD-VAE's), found {sit.config.in_channels} channels; fine-tune it on a store by train.py "
+            f"--init-from, whose checkpoints tell it"
+        )
+    vae_name = config.vae or info["vae"]
+    if info["vae_digest"] == UNKNOWN_VAE:  # taken as it is, and held fast for this folder
+        info["vae_digest"] = vae_digest(load_vae(vae_name))
+        if rank == 0:
+            print(f"{checkpoint} does not say which VAE it was trained with: taking {vae_name}", flush=True)
+    return sit, info, vae_name, choose_classes(config, len(info["class_names"]))
 
 
 if __name__ == "__main__":

@@ -227,6 +227,14 @@ def is_complete(folder: str | Path, settings: dict[str, Any]) -> bool:
     return False
 
 
+def batch_size_of(folder: str | Path) -> int | None:
+    """Images per batch of the samples in a folder, whole or not; None if it holds none."""
+    for path in (Path(folder) / "samples.json", Path(folder) / "partial" / "settings.json"):
+        if path.is_file():
+            return _read_settings(path).get("batch_size")
+    return None
+
+
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())

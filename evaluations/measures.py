@@ -148,6 +148,10 @@ class Evaluation:
         self.references = self._empty(of_reference=True) if reference else {}
         self.reference_stored = self.measure(self.references, self.source, "reference") if reference else []
 
+    def begin_again(self) -> None:
+        """Forget the samples, not the reference: for another set of them."""
+        self.samples = self._empty()
+
     def _empty(self, of_reference: bool = False, every: bool = False) -> dict:
         from evaluations.features import FeatureStatistics
 

@@ -151,7 +151,16 @@ def encode_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:  # (N, R, R, 3
 
 
 @torch.no_grad()
-def decode_images(vae: AutoencoderKL, latents: Tensor, scale: LatentScale) -> Tensor:  # (N, C, H, W) -> (N, R, R, 3)
-    """Scaled latents to uint8 images by `UINT8_RULE`, on the latents' device."""
-    x = vae.decode(scale.unscale(latents.float()).to(vae.dtype)).sample.float()
+def decode(vae: AutoencoderKL, latents: Tensor, scale: LatentScale) -> Tensor:  # (N, C, H, W) -> (N, 3, R, R) float32
+    """Scaled latents to images in [-1, 1], or a little outside, on the latents' device."""
+    return vae.decode(scale.unscale(latents.float()).to(vae.dtype)).sample.float()
+
+
+def to_uint8(x: Tensor) -> Tensor:  # (N, 3, R, R) -> (N, R, R, 3) uint8
+    """Images in [-1, 1] to pixels by `UINT8_RULE`."""
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def decode_images(vae: AutoencoderKL, latents: Tensor, scale: LatentScale) -> Tensor:  # (N, C, H, W) -> (N, R, R, 3)
+    """Scaled latents to uint8 images, on the latents' device."""
+    return to_uint8(decode(vae, latents, scale))

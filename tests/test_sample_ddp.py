@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 import cli
+import models.vae
 import sample_ddp
 import sample_folder
 from checkpoint import load_sit, save_checkpoint
@@ -186,7 +188,7 @@ def test_another_batch_size_keeps_every_draw_and_changes_rounding_alone(checkpoi
 
 def test_a_stopped_run_draws_only_what_is_missing(checkpoint, whole, tmp_path, monkeypatch):
     output, drawn = tmp_path / "stopped", []
-    compute = Drawer.images
+    compute = Drawer.latents
 
     def count(self, batch):
         drawn.append(batch)
@@ -194,13 +196,105 @@ def test_a_stopped_run_draws_only_what_is_missing(checkpoint, whole, tmp_path, m
             raise Stopped
         return compute(self, batch)
 
-    monkeypatch.setattr(Drawer, "images", count)
+    monkeypatch.setattr(Drawer, "latents", count)
     with pytest.raises(Stopped):
         draw(checkpoint, output)
     assert [path.name for path in output.iterdir()] == ["partial"]
     draw(checkpoint, output)
     assert drawn == [0, 1, 2, 2, 3]
     assert same_npz(output, whole)
+
+
+def test_images_written_beside_the_drawing_are_those_drawn_one_after_the_other(checkpoint, whole):
+    sit, info = load_sit(checkpoint)
+    vae, settings = load_vae(info["vae"]), settings_of(checkpoint, "unused")
+    drawer = Drawer(settings, sit, vae, info, np.arange(K), torch.device("cpu"))
+    serial = [decode_images(vae, drawer.latents(batch).float(), info["scale"]).numpy() for batch in range(4)]
+    with np.load(whole / "samples.npz") as archive:
+        assert np.array_equal(np.concatenate(serial)[:56], archive["arr_0"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_decoding_beside_the_next_batch_gives_the_serial_bytes(checkpoint, tmp_path, monkeypatch):
+    draw(checkpoint, tmp_path / "beside", num_samples=160)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
+    draw(checkpoint, tmp_path / "serial", num_samples=160)
+    assert same_npz(tmp_path / "beside", tmp_path / "serial")
+
+
+def test_a_sweep_is_each_of_its_sets_drawn_alone(checkpoint, reference, tmp_path, capsys):
+    """Scale 1 has no interval and is drawn once. The reference is measured once for all."""
+    sweep = {"guidance_scale": (1.0, 2.0), "guidance_high": (1.0, 0.5), "num_samples": 32}
+    measured = {"evaluate": reference, "features": "vae"}
+    flags = arguments(checkpoint, tmp_path / "sweep", **sweep, **measured)
+    sample_ddp.main(flags)
+    alone = {
+        "cfg1": {"guidance_scale": 1.0},
+        "cfg2": {"guidance_scale": 2.0},
+        "cfg2-t0-0.5": {"guidance_scale": 2.0, "guidance_high": 0.5},
+    }
+    assert {folder.name for folder in (tmp_path / "sweep").iterdir()} == {
+        f"run-0000007-sde3-{name}-seed0-n32" for name in alone
+    }
+    for name, changes in alone.items():
+        folder, single = tmp_path / "sweep" / f"run-0000007-sde3-{name}-seed0-n32", tmp_path / name
+        draw(checkpoint, single, num_samples=32, **changes, **measured)
+        assert same_npz(folder, single)
+        found, expected = (json.loads((path / "metrics.json").read_text())["metrics"] for path in (folder, single))
+        assert found == pytest.approx(expected, rel=1e-9)
+    capsys.readouterr()
+    sample_ddp.main(flags)
+    assert capsys.readouterr().out.count("is complete") == 3
+
+
+def test_several_checkpoints_have_a_folder_each(checkpoint, tmp_path):
+    other = make_checkpoint(tmp_path / "other", lambda sit: sit.final_layer.linear.weight.mul_(2))
+    sample_ddp.main([
+        "--checkpoint", str(checkpoint), str(other), "--num-samples", "16", "--num-steps", "2",
+        "--per-proc-batch-size", "16",
+    ])  # fmt: skip
+    folders = [path.parent.parent / "samples" / "0000007-sde2-cfg1-seed0-n16" for path in (checkpoint, other)]
+    assert all((folder / "samples.npz").is_file() for folder in folders)
+    assert not same_npz(*folders)
+    shutil.rmtree(folders[0].parent)
+
+
+def test_the_largest_batch_that_fits_is_found():
+    tried = []
+
+    def fits(size):
+        tried.append(size)
+        return size <= 100
+
+    assert sample_ddp.largest_batch_size(fits, 1000) == 96
+    assert tried[0] == 256
+    assert sample_ddp.largest_batch_size(lambda size: True, 50) == 64  # no more than there is to draw
+    with pytest.raises(ValueError, match="expected memory for 16 images at once"):
+        sample_ddp.largest_batch_size(lambda size: False, 1000)
+
+
+def test_an_automatic_batch_is_that_of_a_folder_that_was_begun(checkpoint, whole, tmp_path, capsys):
+    draw(checkpoint, tmp_path / "new", per_proc_batch_size="auto")
+    assert json.loads((tmp_path / "new" / "samples.json").read_text())["settings"]["batch_size"] == 64
+    sample_ddp.main(arguments(checkpoint, whole, per_proc_batch_size="auto"))
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_colours_that_are_not_finite_stop_the_run_and_name_the_image(checkpoint, tmp_path, capsys, monkeypatch):
+    """Finite latents, of which the decoder makes something else."""
+    real, calls = models.vae.decode, []
+
+    def broken(vae, latents, scale):
+        x = real(vae, latents, scale)
+        calls.append(len(x))
+        if len(calls) == 3:
+            x[5, 0, 0, 0] = float("inf")
+        return x
+
+    monkeypatch.setattr(models.vae, "decode", broken)
+    line = refused(capsys, arguments(checkpoint, tmp_path / "out", per_proc_batch_size=32))
+    assert "1 that are not in batch 1: the first is image 37 of block 2" in line
 
 
 @pytest.mark.parametrize("stage", ["write_npz", "write_grid", "_write_json", "remove_partial"])
@@ -220,7 +314,8 @@ def test_a_run_stopped_while_it_is_made_whole_goes_on(checkpoint, whole, tmp_pat
 
 def settings_of(checkpoint, output):
     config = cli.parse(SampleConfig, arguments(checkpoint, output, png=True))
-    return sample_ddp.describe(config, *load_sit(checkpoint), torch.device("cpu"))
+    (guidance,) = config.guidances()
+    return sample_ddp.describe(config, guidance, *load_sit(checkpoint), torch.device("cpu")) | {"batch_size": 16}
 
 
 def launch(*flags, processes=2):
@@ -381,7 +476,7 @@ def test_samples_of_other_settings_are_refused_by_name(checkpoint, whole, tmp_pa
     line = refused(capsys, arguments(checkpoint, whole, num_steps=4, labels="balanced"))
     assert "num_steps 3 -> 4; labels random -> balanced" in line
     assert "--output-dir" in line
-    monkeypatch.setattr(Drawer, "images", lambda *_: (_ for _ in ()).throw(Stopped))
+    monkeypatch.setattr(Drawer, "latents", lambda *_: (_ for _ in ()).throw(Stopped))
     with pytest.raises(Stopped):
         draw(checkpoint, tmp_path / "unfinished")
     line = refused(capsys, arguments(checkpoint, tmp_path / "unfinished", seed=1))
@@ -395,12 +490,12 @@ def test_samples_of_other_settings_are_refused_by_name(checkpoint, whole, tmp_pa
         ({"num_steps": 0}, "--num-steps: expected at least 1, found 0"),
         (
             {"per_proc_batch_size": 24},
-            "--per-proc-batch-size: expected a multiple of 16 (one block of images), found 24",
+            "--per-proc-batch-size: expected a multiple of 16 (one block of images), or auto, found 24",
         ),
         ({"per_proc_batch_size": 0}, "--per-proc-batch-size: expected a multiple of 16"),
         ({"last_t": 0.0}, "--last-t: expected a time in (0, 1), found 0.0"),
-        ({"guidance_scale": "nan"}, "--guidance-scale: expected a finite scale"),
-        ({"guidance_low": -0.5}, "--guidance-low: expected a time in [0, 1], found -0.5"),
+        ({"guidance_scale": "nan"}, "--guidance-scale: expected finite scales, found nan"),
+        ({"guidance_low": -0.5}, "--guidance-low: expected times in [0, 1], found -0.5"),
         ({"guidance_low": 0.5, "guidance_high": 0.4}, "--guidance-high: expected a time in [0.5, 1]"),
         ({"seed": -1}, "--seed: expected at least 0, found -1"),
         ({"classes": (1, K)}, "--classes: expected different numbers from 0 to 4, found 1 5"),
@@ -534,7 +629,7 @@ def test_measuring_while_drawing_gives_the_metrics_of_the_npz(checkpoint, whole,
     evaluate.main([*sides, "--features", "vae", "--vae", vae])
     expected = json.loads((tmp_path / "after.json").read_text())
 
-    output, drawn, compute = tmp_path / "out", [], Drawer.images
+    output, drawn, compute = tmp_path / "out", [], Drawer.latents
     flags = [*arguments(checkpoint, output, evaluate=reference, features="vae"), "--no-npz"]
 
     def stop_at_third(self, batch):
@@ -543,7 +638,7 @@ def test_measuring_while_drawing_gives_the_metrics_of_the_npz(checkpoint, whole,
             raise Stopped
         return compute(self, batch)
 
-    monkeypatch.setattr(Drawer, "images", stop_at_third)
+    monkeypatch.setattr(Drawer, "latents", stop_at_third)
     with pytest.raises(Stopped):
         sample_ddp.main(flags)
     sample_ddp.main(flags)

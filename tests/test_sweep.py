@@ -57,7 +57,7 @@ def test_the_papers_values_stand_beside_their_rows():
 
 def test_samples_are_those_of_the_paper():
     config = cli.parse(SampleConfig, [*as_flags(read_table(TABLE)["sample"]), "--checkpoint", "x"])
-    assert (config.num_samples, config.num_steps, config.sampler, config.guidance_scale) == (50_000, 250, "sde", 1.0)
+    assert (config.num_samples, config.num_steps, config.sampler, config.guidance_scale) == (50_000, 250, "sde", (1.0,))
 
 
 def test_the_table_holds_mean_and_deviation_over_seeds(tmp_path):
