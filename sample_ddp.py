@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import cli
 from sample_config import CPU_BATCH, LARGEST_BATCH, NEIGHBOURS, Guidance, SampleConfig
 from seeding import BLOCK
+from transfer import start_copy
 
 # torch and what imports it is imported where it is used, so that --help does not wait for it.
 if TYPE_CHECKING:
@@ -290,25 +291,6 @@ def fits_on_gpu(drawer: Drawer, size: int) -> bool:
         return False
     finally:
         torch.cuda.empty_cache()
-
-
-def start_copy(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
-    """Begin copies to the host; the function returned waits for them. So the device can go on meanwhile."""
-    import torch
-
-    if not tensors[0].is_cuda:
-        return lambda: [tensor.numpy() for tensor in tensors]
-    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
-    for copy, tensor in zip(copies, tensors, strict=True):
-        copy.copy_(tensor, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def wait() -> list[np.ndarray]:
-        copied.synchronize()
-        return [copy.numpy() for copy in copies]
-
-    return wait
 
 
 def store_batch(samples: UnfinishedSamples, batch: int, wait: Callable[[], list[np.ndarray]]) -> None:

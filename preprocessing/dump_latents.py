@@ -13,6 +13,9 @@ import datetime
 import hashlib
 import os
 import sys
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +41,7 @@ from models.vae import (
 )
 from preprocessing.images import Source, center_crop, decode, open_source
 from preprocessing.latent_scale import latent_statistics, measured_scale, scaled_deviation
+from transfer import start_copy
 
 
 @dataclass(frozen=True)
@@ -92,28 +96,34 @@ class Crops(torch.utils.data.Dataset):
             return index, " ".join(str(error).split()) or type(error).__name__
 
 
-def _as_list(batch: list) -> list:
-    return batch
+def as_tensors(batch: list[tuple[int, np.ndarray | str]]) -> tuple[list[int], Tensor | None, list[tuple[int, str]]]:
+    """Of a batch: the indices that could be read and their crops (b, R, R, 3) uint8, and the others with the reason."""
+    kept = [(index, crop) for index, crop in batch if not isinstance(crop, str)]
+    crops = torch.from_numpy(np.stack([crop for _, crop in kept])) if kept else None
+    return [index for index, _ in kept], crops, [(index, crop) for index, crop in batch if isinstance(crop, str)]
 
 
 @torch.no_grad()
-def encode(vae: torch.nn.Module, images: Tensor, config: DumpConfig) -> np.ndarray:  # (b, R, R, 3) -> (b, 2C, H, W)
-    """Moments of a batch as they are stored."""
+def start_encoding(vae: torch.nn.Module, crops: Tensor, config: DumpConfig) -> Callable[[], list[np.ndarray]]:
+    """Begin to encode crops (b, R, R, 3) uint8; the function returned waits for the result.
+
+    That is their moments (b, 2C, H, W) float32, and where asked for those of their mirror images.
+    """
+    images = crops.to(vae.device, non_blocking=True)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-        moments = encode_moments(vae, images).cpu().numpy()
-    largest = np.finfo(config.dtype).max
-    if not np.all(np.abs(moments) <= largest):  # catches NaN, too
-        raise ValueError(
-            f"expected moments that {config.dtype} can hold, found {np.abs(moments).max()}; use --dtype float32 and "
-            f"--mixed-precision no"
-        )
-    return moments.astype(config.dtype)
+        moments = [encode_moments(vae, images)]
+        if config.flip:
+            moments.append(encode_moments(vae, images.flip(2)))
+    return start_copy(*moments)
 
 
 def encode_shards(
     shards: list[tuple[ShardWriter, list[int]]], source: Source, vae: torch.nn.Module, config: DumpConfig, rank: int
 ) -> None:
-    """Encode what is left of this process's shards, each given with the indices of its images."""
+    """Encode what is left of this process's shards, each given with the indices of its images.
+
+    Processes of their own read and crop, a thread writes: the device waits for neither.
+    """
     todo = [  # the batches of a shard are cut from its first image, wherever a killed run had stopped
         (shard, indices[begin : begin + config.batch_size])
         for shard, indices in shards
@@ -121,53 +131,87 @@ def encode_shards(
         if not shard.closed
     ]
     loader = DataLoader(
-        Crops(source, config.resolution), batch_sampler=[indices for _, indices in todo], collate_fn=_as_list,
+        Crops(source, config.resolution), batch_sampler=[indices for _, indices in todo], collate_fn=as_tensors,
         num_workers=config.num_workers, prefetch_factor=4 if config.num_workers else None,
+        pin_memory=vae.device.type == "cuda",
     )  # fmt: skip
     total = sum(len(indices) for _, indices in shards)
     done = total - sum(len(indices) for _, indices in todo)
     lengths = {shard: len(indices) for shard, indices in shards}
-    with tqdm(
-        total=total, initial=done, desc="encoding", unit="image",
-        disable=rank > 0, dynamic_ncols=True,
-    ) as progress:  # fmt: skip
-        for (shard, _), batch in zip(todo, loader, strict=True):
-            append_batch(shard, batch, source, vae, config)
-            progress.update(len(batch))
-            if shard.items == lengths[shard]:
-                shard.close()
+    with (
+        tqdm(total=total, initial=done, desc="encoding", unit="image", disable=rank > 0, dynamic_ncols=True) as bar,
+        ThreadPoolExecutor(1) as writer,
+    ):
+        in_flight: deque[Future[int]] = deque()
+        for (shard, _), (indices, crops, unread) in zip(todo, loader, strict=True):
+            refuse_unread(unread, source, config)
+            wait = start_encoding(vae, crops, config) if indices else None
+            before = in_flight[-1] if in_flight else None
+            content = (indices, crops, unread, wait)
+            in_flight.append(writer.submit(write, shard, lengths[shard], *content, source, config, before))
+            if len(in_flight) > 2:
+                bar.update(in_flight.popleft().result())
+        for written in in_flight:
+            bar.update(written.result())
     for shard in lengths:
         shard.close()  # one that was killed between its last batch and its end
 
 
-def append_batch(shard: ShardWriter, batch: list, source: Source, vae: torch.nn.Module, config: DumpConfig) -> None:
-    """Encode the crops of a batch and write them."""
-    unread = [(source.names[index], crop) for index, crop in batch if isinstance(crop, str)]
+def refuse_unread(unread: list[tuple[int, str]], source: Source, config: DumpConfig) -> None:
     if unread and not config.skip_corrupt:
-        name, reason = unread[0]
+        index, reason = unread[0]
         raise ValueError(
-            f"expected an image, found {name} in {config.source}, which cannot be read ({reason}); "
+            f"expected an image, found {source.names[index]} in {config.source}, which cannot be read ({reason}); "
             f"replace it, or leave such files out by --skip-corrupt"
         )
-    kept = [(index, crop) for index, crop in batch if not isinstance(crop, str)]
+
+
+def write(
+    shard: ShardWriter,
+    length: int,
+    indices: list[int],
+    crops: Tensor | None,
+    unread: list[tuple[int, str]],
+    wait: Callable[[], list[np.ndarray]] | None,
+    source: Source,
+    config: DumpConfig,
+    before: Future[int] | None,
+) -> int:
+    """Wait for the moments of a batch and append it to its shard, which is closed with its last one; images done."""
+    if before is not None:
+        before.result()  # nothing may be written behind a batch that was not
     arrays, sums = {}, []
-    if kept:
-        crops = np.stack([crop for _, crop in kept])
-        images = torch.from_numpy(crops).to(vae.device)
-        arrays["moments"] = encode(vae, images, config)
+    if wait is not None:
+        for name, moments in zip(("moments", "flips"), wait(), strict=False):
+            arrays[name] = as_stored(moments, config.dtype)
         sums = latent_statistics(arrays["moments"])
-        if config.flip:
-            arrays["flips"] = encode(vae, images.flip(2), config)
         if config.keep_images:
-            arrays["images"] = crops
+            arrays["images"] = crops.numpy()
     shard.append(
-        items=len(batch),
+        items=len(indices) + len(unread),
         arrays=arrays,
-        labels=[source.labels[index] for index, _ in kept],
-        paths=[source.names[index] for index, _ in kept],
-        skipped=[{"path": name, "reason": reason} for name, reason in unread],
+        labels=[source.labels[index] for index in indices],
+        paths=[source.names[index] for index in indices],
+        skipped=[{"path": source.names[index], "reason": reason} for index, reason in unread],
         statistics=sums,
     )
+    if shard.items == length:
+        shard.close()
+    return len(indices) + len(unread)
+
+
+def as_stored(moments: np.ndarray, dtype: str) -> np.ndarray:  # (b, 2C, H, W) float32 -> the same in `dtype`
+    """Moments as they are stored.
+
+    Raises:
+        ValueError: a number that `dtype` cannot hold.
+    """
+    if not np.all(np.abs(moments) <= np.finfo(dtype).max):  # catches NaN, too
+        raise ValueError(
+            f"expected moments that {dtype} can hold, found {np.abs(moments).max()}; use --dtype float32 and "
+            f"--mixed-precision no"
+        )
+    return moments.astype(dtype)
 
 
 def verify(config: DumpConfig, source: Source, vae: torch.nn.Module) -> None:
@@ -205,6 +249,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.limit is not None and config.limit < len(items):
         items = [place * len(items) // config.limit for place in range(config.limit)]
     vae = load_vae(config.vae, device)
+    if device.startswith("cuda") and config.mixed_precision == "bf16":  # for the GPU's matrix units
+        vae = vae.to(memory_format=torch.channels_last)
     factor = vae_factor(vae)
     if config.resolution % factor:
         raise ValueError(

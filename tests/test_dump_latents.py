@@ -294,22 +294,43 @@ def test_the_store_holds_the_moments_of_each_crop(images, vae, undisturbed):
 def test_a_killed_run_goes_on_to_the_same_bytes(images, vae, undisturbed, tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    encode = dump_latents.encode
+    encode = dump_latents.start_encoding
     for stop in (1, 4, 3):  # batches before each kill
 
-        def killed(*arguments, _left=[2 * stop]):  # noqa: B006 - a counter
+        def killed(*arguments, _left=[stop]):  # noqa: B006 - a counter
             _left[0] -= 1
             if _left[0] < 0:
                 raise KeyboardInterrupt
             return encode(*arguments)
 
-        monkeypatch.setattr(dump_latents, "encode", killed)
+        monkeypatch.setattr(dump_latents, "start_encoding", killed)
         with pytest.raises(KeyboardInterrupt):
             run(images, tmp_path / "store", vae, "--flip", "--keep-images")
         with pytest.raises(ValueError, match=r"unfinished latent store .*: run the same"):
             LatentDataset(tmp_path / "store")
-    monkeypatch.setattr(dump_latents, "encode", encode)
+    monkeypatch.setattr(dump_latents, "start_encoding", encode)
     run(images, tmp_path / "store", vae, "--flip", "--keep-images", "--num-workers", 1)
+    torch.set_num_threads(threads)
+    assert contents(tmp_path / "store") == contents(undisturbed)
+
+
+def test_nothing_is_written_behind_a_batch_that_failed(images, vae, undisturbed, tmp_path, monkeypatch):
+    """The thread that writes has the next batches in hand already when one cannot be stored."""
+    threads, as_stored, seen = torch.get_num_threads(), dump_latents.as_stored, []
+    torch.set_num_threads(1)
+
+    def broken(*arguments):
+        seen.append(arguments)
+        if len(seen) == 3:
+            raise ValueError("a number that does not fit")
+        return as_stored(*arguments)
+
+    monkeypatch.setattr(dump_latents, "as_stored", broken)
+    with pytest.raises(ValueError, match="does not fit"):
+        run(images, tmp_path / "store", vae, "--flip", "--keep-images")
+    assert len(seen) == 3
+    monkeypatch.undo()
+    run(images, tmp_path / "store", vae, "--flip", "--keep-images")
     torch.set_num_threads(threads)
     assert contents(tmp_path / "store") == contents(undisturbed)
 
