@@ -185,7 +185,8 @@ def inception_from_state(
 ) -> FeatureNetwork:
     """The Inception network called `name` with the weights `state`, which has torch-fidelity's keys."""
     device = torch.device(device)
-    return inception_features(name, build_inception(state).to(device), digest, device)
+    network = build_inception(state).to(device)
+    return inception_features(name, network, digest, device, static=device.type == "cuda")
 
 
 def build_inception(state: dict[str, torch.Tensor]) -> FeatureExtractorInceptionV3:
@@ -216,8 +217,19 @@ _INCEPTION_STEM = (
 
 
 def inception_features(
-    name: str, network: FeatureExtractorInceptionV3, digest: str, device: torch.device
+    name: str, network: FeatureExtractorInceptionV3, digest: str, device: torch.device, static: bool = False
 ) -> FeatureNetwork:
+    """The network as features.
+
+    Args:
+        static: compile it, channels last, for batches of one size: smaller ones are filled up. For a GPU.
+    """
+    if static:
+        network.to(memory_format=torch.channels_last)
+        for module in _INCEPTION_STEM:
+            if module != "Mixed_6d":  # out of which features are taken
+                getattr(network, module).compile(fullgraph=True, dynamic=False)
+
     def forward(images: torch.Tensor) -> dict[str, torch.Tensor]:
         spatial = []
 
@@ -237,7 +249,23 @@ def inception_features(
         pool = x.flatten(1)  # (B, 2048)
         return {"pool": pool, "spatial": spatial[0], "logits": pool @ network.fc.weight.T}  # logits: (B, 1008)
 
-    return FeatureNetwork(name, digest, device, forward)
+    return FeatureNetwork(name, digest, device, filled_up(forward) if static else forward)
+
+
+def filled_up(
+    forward: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+    """`forward` for batches of any size, called with one shape alone as long as the first batch is the largest."""
+    largest = 0
+
+    def fill(images: torch.Tensor) -> dict[str, torch.Tensor]:  # (B, H, W, 3)
+        nonlocal largest
+        count, largest = len(images), max(largest, len(images))
+        if count < largest:
+            images = torch.cat([images, images[:1].expand(largest - count, -1, -1, -1)])
+        return {layer: features[:count] for layer, features in forward(images).items()}
+
+    return fill
 
 
 def resize_like_tensorflow(images: torch.Tensor, side: int) -> torch.Tensor:

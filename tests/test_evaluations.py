@@ -531,3 +531,26 @@ def test_two_processes_equal_one(files, tmp_path):
         assert result.returncode == 0, result.stderr
         records.append(metrics_of(files)["metrics"])
     assert records[1] == pytest.approx(records[0], rel=1e-5)
+
+
+def test_the_network_for_gpus_gives_the_same_features_from_one_shape(weights, inception, monkeypatch):
+    """Compiled (here without generating code), channels last, smaller batches filled up."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *module, **flags: real(*module, backend="eager", **flags))
+    torch._dynamo.reset()
+    counters.clear()
+    static = networks.inception_features("inception", networks.build_inception(weights), "", torch.device("cpu"), True)
+    images = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    graphs = []
+    for batch in (images[:3], images[3:]):
+        found, expected = static(batch), inception(batch)
+        graphs.append(counters["stats"]["unique_graphs"])
+        assert found.keys() == expected.keys()
+        for layer, features in expected.items():
+            assert found[layer].shape == features.shape
+            torch.testing.assert_close(found[layer], features, rtol=1e-4, atol=1e-4 * features.abs().max().item())
+    assert graphs[0] == graphs[1] > 0
+    torch._dynamo.reset()
