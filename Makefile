@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test check lint bench bench-faults
+.PHONY: demo test check lint bench bench-gpu bench-faults
 
 demo: .venv/installed
 	$(BIN)/python -m demo.run
@@ -20,6 +20,9 @@ lint: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks.run
+
+bench-gpu: .venv/installed-dev ## on one GPU, ten minutes
+	$(BIN)/python -m benchmarks.bench_gpu
 
 bench-faults: .venv/installed-dev ## kills, flipped bits, cut files, a long run: half an hour
 	$(BIN)/python -m benchmarks.bench_faults

@@ -178,7 +178,7 @@ def load_decoder(name: str, settings: dict[str, Any], device: torch.device) -> A
             f"VAE {name}; the checkpoint and its VAE do not belong together"
         )
     if settings["vae_precision"] == "bf16":  # whose convolutions run on the GPU's matrix units, channels last
-        vae = vae.to(torch.bfloat16, memory_format=torch.channels_last)
+        vae = vae.bfloat16().to(memory_format=torch.channels_last)
     return vae
 
 

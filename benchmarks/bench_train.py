@@ -1,12 +1,10 @@
 """A training step beside a plain loop of the kind this family of codebases has, and what a large store costs at start.
 
-The plain loop has the same model, head, data and draws, and none of the means: unfused AdamW, an average kept tensor by
-tensor, a loss that loops over the batch, and three numbers read from the device in each step.
+The plain loop is that of `benchmarks/plain.py`.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 import subprocess
@@ -18,55 +16,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import dataset
 import train
+from benchmarks.plain import PlainLoop
 from benchmarks.record import record
 from ema import update_ema
 from loss import Alignment, alignment_loss
 from models.aligned import AlignedSiT
 from models.projector import Projector
-from models.sit import SiT, SiTConfig, patchify
+from models.sit import SiT, SiTConfig
 from sealed import seal
 
 BATCH, STEPS = 4, 5
 COUNT = 1_281_167  # images of ImageNet
-
-
-class PlainLoop:
-    """The step written the plain way."""
-
-    def __init__(self, model: AlignedSiT, scale: float):
-        self.model, self.ema, self.scale = model, copy.deepcopy(model.sit), scale
-        self.optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.0, foreach=False)
-
-    def loss(self, f_sit: torch.Tensor, f_vae: torch.Tensor) -> torch.Tensor:
-        total = 0.0
-        for ours, target in zip(f_sit, f_vae, strict=True):
-            total = total + F.smooth_l1_loss(ours, target, beta=0.05)
-        return total / len(f_sit)
-
-    def average(self) -> None:
-        weights = dict(self.model.sit.named_parameters())
-        for name, average in self.ema.named_parameters():
-            average.data.mul_(0.9999).add_(weights[name].data, alpha=1 - 0.9999)
-
-    def step(self, moments: torch.Tensor, label: torch.Tensor) -> None:
-        mean, std = moments.chunk(2, dim=1)
-        z = (mean + std * torch.randn_like(mean)) * self.scale
-        t = torch.rand(len(z), 1, 1, 1)
-        eps = torch.randn_like(z)
-        y = torch.where(torch.rand(len(z)) < 0.1, self.model.sit.config.num_classes, label)
-        velocity, projected = self.model((1 - t) * z + t * eps, t.flatten(), y)
-        denoising = ((velocity - (eps - z)) ** 2).mean()
-        alignment = self.loss(projected["vae"], patchify(z, self.model.sit.config.patch_size))
-        (denoising + alignment).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=False)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.average()
-        denoising.item(), alignment.item(), norm.item()
 
 
 def seconds(call: Callable[[], None]) -> float:
@@ -95,7 +58,7 @@ def training_step(folder: Path) -> None:
     store = sparse_store(folder / "store", 64)
     torch.manual_seed(0)
     sit = SiT(SiTConfig.from_name("SiT-S/2"))
-    plain = PlainLoop(AlignedSiT(sit, {"vae": (2, Projector(384, 16))}), 1.0)
+    plain = PlainLoop(AlignedSiT(sit, {"vae": (2, Projector(384, 16))}))
     batch = dataset.LatentDataset(store).__getitems__(list(range(BATCH)))
     ours_seconds, plain_seconds, step = [], [], train.train_step
 

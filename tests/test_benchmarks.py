@@ -1,0 +1,44 @@
+"""The GPU's suite runs whole, at a size for a CPU; the table in the README is that of the results."""
+
+import json
+
+import pytest
+
+from benchmarks import bench_gpu
+
+
+@pytest.mark.slow
+def test_every_measurement_of_the_gpu_suite_gives_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_gpu, "decoding", lambda bench: {"images_per_second": 1.0})  # the SD-VAE takes minutes
+    bench_gpu.main([
+        "--models", "SiT-Ti/4", "--batches", "4", "8", "--steps", "2", "--sampling-steps", "4", "--sampling-batch",
+        "16", "--latent-size", "8", "--output", str(tmp_path / "gpu.json"),
+    ])  # fmt: skip
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    results = content["results"]
+    assert {"machine", "versions", "date", "git_revision", "settings"} <= content.keys()
+    assert [name for name, found in results.items() if "not_measured" in found] == []
+    for head in ("with", "without"):
+        for size in (4, 8):
+            ours = results[f"train/SiT-Ti/4/{head}-head/batch-{size}/ours"]
+            plain = results[f"train/SiT-Ti/4/{head}-head/batch-{size}/plain"]
+            assert ours["times_plain"] == pytest.approx(ours["images_per_second"] / plain["images_per_second"])
+            assert ours["images_per_second"] == pytest.approx(size / ours["seconds_per_step"])
+            assert ours["share_of_measured_peak"] > 0
+    means = [name for name in results if name.startswith("means/")]
+    assert len(means) == 9
+    where = results["means/SiT-Ti/4/batch-4/where_the_time_goes"]
+    assert sum(where["shares"].values()) + where["idle"] == pytest.approx(1)
+    assert results["sample/SiT-Ti/4/ours"]["times_plain"] > 0
+    assert results["loop"]["images_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_what_fails_or_has_no_time_left_says_so_and_the_rest_goes_on(tmp_path):
+    bench_gpu.main([
+        "--models", "SiT-Nope/4", "--batches", "4", "--steps", "1", "--latent-size", "8", "--seconds", "0.01",
+        "--output", str(tmp_path / "gpu.json"),
+    ])  # fmt: skip
+    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert "no time was left" in results["decode"]["not_measured"]
+    assert "not_measured" in results["train/SiT-Nope/4"]
