@@ -1,5 +1,7 @@
 """Counts that no machine changes: host reads, graph breaks and recompilations, multiply-adds, operators of a step."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,6 +116,48 @@ def test_compiled_training_never_breaks_or_compiles_again(tmp_path, monkeypatch)
     assert graphs[0] > 0
     assert set(graphs) == {graphs[0]}
     assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lower", [False, True])
+def test_compiled_blocks_compute_what_eager_ones_do(lower):
+    """In float32 to 1e-5; in bfloat16 no farther from a float64 reference than eager, whose rounding is the measure.
+
+    Gradients too. The names in the state dict stay.
+    """
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    sit = SiT(SiTConfig(2, 64, 4, patch_size=2, latent_size=8, in_channels=4, num_classes=3))
+    with torch.no_grad():
+        for parameter in sit.parameters():
+            parameter.normal_(std=0.1)
+    inputs = torch.randn(4, 4, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 3])
+
+    def results(model, dtype=torch.float32):
+        model.zero_grad()
+        x, t, y = inputs
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower and dtype == torch.float32):
+            velocity = model(x.to(dtype), t.to(dtype), y)
+        velocity.to(dtype).square().mean().backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        return [value.detach().double() for value in (velocity, *gradients)]
+
+    reference = results(copy.deepcopy(sit).double(), torch.float64)
+    eager, names = results(sit), list(sit.state_dict())
+    for block in sit.blocks:
+        block.compile(fullgraph=True, dynamic=False)
+    compiled = results(sit)
+    assert list(sit.state_dict()) == names
+    for ours, theirs, exact in zip(compiled, eager, reference, strict=True):
+        if not lower:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+            continue
+        error, rounding = ((value - exact).norm() / exact.norm() for value in (ours, theirs))
+        assert 1e-4 < rounding < 0.1  # it is bfloat16
+        assert error < 1.25 * rounding
     torch._dynamo.reset()
 
 
