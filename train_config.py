@@ -83,7 +83,11 @@ class TrainConfig:
         group="alignment: repa",
         aliases=("--enc-type",),
     )
-    repa_weights: str | None = flag(None, "local file with its weights, in place of the hub", group="alignment: repa")
+    repa_weights: str | None = flag(
+        None,
+        "local file with its weights, in place of the hub; random: none, to measure speed",
+        group="alignment: repa",
+    )
     repa_depth: tuple[int, ...] | None = flag(
         None, "blocks that are aligned; by default Ti 2, S 4, B 4, L 8, XL 8", group="alignment: repa"
     )

@@ -16,7 +16,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ import sample_ddp
 import train
 from benchmarks.plain import PlainLoop
 from benchmarks.record import RESULTS
+from benchmarks.steps import batch_of, random_store, timed, trainer, wait
 from cli import flag
-from dataset import LatentStoreWriter, read_meta
 from ema import MovingAverage
 from guard import StepGuard
 from models.aligned import AlignedSiT
@@ -43,7 +43,6 @@ from optimizer import make_optimizer
 from sample_config import Guidance, SampleConfig
 
 HEADS = {"with": "vae", "without": "none"}
-COUNT = 2048  # random latents
 SAMPLING_GUIDANCE = (1.8, (0.0, 0.7))  # REPA's
 
 
@@ -103,77 +102,8 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def timed(self, step: Callable[[int], None], steps: int, images: int) -> dict[str, Any]:
-        """Median seconds of a step, each waited for by itself, and the seconds of as many that are not waited for."""
-        for index in range(3):
-            step(index)
-        self.wait()
-        alone = []
-        for index in range(3, 3 + steps):
-            begin = time.perf_counter()
-            step(index)
-            self.wait()
-            alone.append(time.perf_counter() - begin)
-        begin = time.perf_counter()
-        for index in range(3 + steps, 3 + 2 * steps):
-            step(index)
-        self.wait()
-        together = (time.perf_counter() - begin) / steps
-        memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None
-        return {
-            "seconds_per_step": together, "images_per_second": images / together,
-            "seconds_alone_median": statistics.median(alone), "seconds_alone_spread": [min(alone), max(alone)],
-            "memory_gib": memory,
-        }  # fmt: skip
-
-
-@contextlib.contextmanager
-def trainer(data: Path, folder: Path, model: str, **changes: Any) -> Iterator[train.Run]:
-    """What train.py builds for these flags, in place of its loop."""
-    kept: list[train.Run] = []
-    values = {"data_dir": data, "output_dir": folder, "model": model, "sampling_steps": 0, "num_workers": 0, **changes}
-    arguments = []
-    for name, value in values.items():
-        spelling = name.replace("_", "-")
-        arguments += [("--" if value else "--no-") + spelling] if isinstance(value, bool) else [f"--{spelling}={value}"]
-    with mock.patch.object(train, "fit", lambda run, *_: kept.append(run)), contextlib.redirect_stdout(None):
-        train.main(arguments)
-    try:
-        yield kept.pop()
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._reset_state()
-        torch._dynamo.reset()
-
-
-def random_store(folder: Path, size: int) -> Path:
-    """Random latents, since arithmetic on zeros is faster than on numbers."""
-    if (folder / "meta.json").is_file():
-        return folder
-    generator = torch.Generator().manual_seed(0)
-    moments = torch.randn(COUNT, 8, size, size, generator=generator)
-    moments[:, 4:] = 0.1 * moments[:, 4:].abs()
-    writer = LatentStoreWriter(folder, {}, {"moments": (8, size, size)}, "float32")
-    shard = writer.shard(0)
-    shard.append(COUNT, {"moments": moments.numpy()}, [i % 1000 for i in range(COUNT)], [f"{i}" for i in range(COUNT)])
-    shard.close()
-    writer.finish(1, {
-        "vae": "none", "vae_digest": "none", "scale": [1.0], "shift": [0.0], "scale_source": "config",
-        "resolution": 8 * size, "crop": "none", "class_names": [f"{k}" for k in range(1000)], "settings": {},
-    })  # fmt: skip
-    assert read_meta(folder)["count"] == COUNT
-    return folder
-
-
-def batch_of(size: int, latent_size: int, device: torch.device) -> dict[str, torch.Tensor]:
-    generator = torch.Generator(device).manual_seed(1)
-    moments = torch.randn(size, 8, latent_size, latent_size, generator=generator, device=device)
-    moments[:, 4:] = 0.1 * moments[:, 4:].abs()
-    return {"moments": moments, "label": torch.arange(size, device=device) % 1000}
+        return timed(self.device, step, steps, images)
 
 
 def forward_multiply_adds(model: str, latent_size: int) -> float:
@@ -330,12 +260,12 @@ def where_the_time_goes(bench: Bench, run: train.Run, batch: dict[str, torch.Ten
     on_gpu = bench.device.type == "cuda"
     for index in range(3):
         train.train_step(run, index, [batch])
-    bench.wait()
+    wait(bench.device)
     begin = time.perf_counter()
     with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as profile:
         for index in range(3, 8):
             train.train_step(run, index, [batch])
-        bench.wait()
+        wait(bench.device)
     wall = time.perf_counter() - begin
     shares = dict.fromkeys([*KERNELS, "other"], 0.0)
     for event in profile.key_averages():
@@ -386,11 +316,11 @@ def sampling(bench: Bench, model: str) -> None:
     def timed(drawer: sample_ddp.Drawer, steps: int) -> dict[str, Any]:
         drawer.settings["num_steps"] = 10
         drawer.latents(0)  # both shapes
-        bench.wait()
+        wait(bench.device)
         drawer.settings["num_steps"] = steps
         begin = time.perf_counter()
         drawer.latents(1)
-        bench.wait()
+        wait(bench.device)
         seconds = (time.perf_counter() - begin) * config.sampling_steps / steps
         size = drawer.settings["batch_size"]
         return {"images_per_second": size / seconds, "batch": size, "steps_timed": steps, "of": config.sampling_steps}

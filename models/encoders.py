@@ -98,14 +98,14 @@ def load_encoder(
     if not isinstance(patch, tuple) or patch[0] != patch[1] or not hasattr(bare, "num_prefix_tokens"):
         raise ValueError(f"--repa-encoder: expected a vision transformer with square patches, found {name!r}")
     image_size = side * patch[0]
-    overlay = {}
-    if weights is not None:
+    overlay, pretrained = {}, weights != "random"
+    if pretrained and weights is not None:
         overlay = {"state_dict": _read_weights(weights)}
-    elif not hub_answers():
+    elif pretrained and not hub_answers():
         constants.HF_HUB_OFFLINE = True  # its cache may hold them; asking the hub in vain takes most of a minute
     try:
         network = timm.create_model(
-            timm_name, pretrained=True, num_classes=0, img_size=image_size, pretrained_cfg_overlay=overlay
+            timm_name, pretrained=pretrained, num_classes=0, img_size=image_size, pretrained_cfg_overlay=overlay
         )
     except TypeError as error:
         raise ValueError(f"--repa-encoder: {name!r} cannot be set to images of side {image_size} ({error})") from error
