@@ -1,0 +1,330 @@
+"""What a run's folder tells, read without torch: settings, log, grids, and sets of samples with their figures.
+
+Nothing here is trusted to be whole: a run may be in the midst of training, or have been killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runlog import read_log
+
+# Settings of sampling that make figures differ by more than chance; runs and steps are compared at equal ones.
+RECIPE = (
+    "sampler", "num_steps", "last_t", "guidance_scale", "guidance_interval", "num_samples", "labels", "classes",
+)  # fmt: skip
+# Where one metric must stand for all: the first of these that is there.
+PREFERRED = ("fid", "fd-dinov2", "vae-frechet", "random-frechet", "sfid", "random-spatial-frechet")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A set of samples, measured or not.
+
+    Args:
+        path: its folder, or the file of its figures where that lies elsewhere.
+        settings: what it was drawn with, as in `samples.json`; at least "step", which may be None.
+        checkpoint: the checkpoint it was drawn from, as recorded; empty if it was not.
+        metrics: finite figures by name; empty if it was not measured.
+        reference: what it was measured against, in words that differ for different references.
+        warnings: what a reader of the figures must know.
+        picture: its first images, if there is such a file.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    checkpoint: str
+    metrics: dict[str, float]
+    reference: str
+    warnings: tuple[str, ...]
+    picture: Path | None
+
+    @property
+    def step(self) -> int:
+        """Step of the checkpoint; -1 where it was not recorded."""
+        step = self.settings.get("step")
+        return step if isinstance(step, int) else -1
+
+    @property
+    def scale(self) -> float:
+        return float(self.settings.get("guidance_scale") or 1.0)
+
+    def recipe(self, without: Sequence[str] = ()) -> tuple:
+        """Values of `RECIPE`, with None for those of `without`, to be a key."""
+        values = (None if name in without else self.settings.get(name) for name in RECIPE)
+        return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder.
+
+    Args:
+        name: last part of its path, with as many parts before as tell it from the other runs.
+        record: `config.json`: "config", "versions", "git_revision", "machine", "date", "data_digest"; may be empty.
+        rows: of `log.jsonl`, by step, each step once.
+        checkpoints: steps of the finished ones.
+        state: `state.json` of the newest checkpoint; may be empty.
+        grids: pictures drawn while training, by step.
+        samples: of this run, by step and guidance.
+    """
+
+    folder: Path
+    name: str
+    record: dict[str, Any]
+    rows: list[dict[str, float]]
+    checkpoints: list[int]
+    state: dict[str, Any]
+    grids: dict[int, Path]
+    samples: list[Samples]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The flags of training; empty if they were not recorded."""
+        return self.record.get("config") or self.state.get("config") or {}
+
+
+def read_runs(folders: Sequence[str | Path], samples: Iterable[str | Path] = ()) -> tuple[list[Run], list[Samples]]:
+    """The runs, and those of `samples` that come from none of them.
+
+    Args:
+        folders: of the runs.
+        samples: further sets: their folders, or the files with their figures (`metrics.json`).
+
+    Raises:
+        ValueError: a folder is no run or is named twice, or a file in it is damaged.
+    """
+    paths = [Path(folder) for folder in folders]
+    names = distinct_names(paths)
+    runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
+    known = {found.path.resolve() for run in runs for found in run.samples}
+    others: list[Samples] = []
+    for given in map(read_samples, samples):
+        if {given.path.resolve(), given.path.resolve().parent} & known:
+            continue
+        owner = next((run for run in runs if _is_from(given, run)), None)
+        (others if owner is None else owner.samples).append(given)
+    for run in runs:
+        run.samples[:] = _joined(run.samples)
+    return runs, _joined(others)
+
+
+def _joined(found: list[Samples]) -> list[Samples]:
+    """In order, with one entry for samples and figures of the same settings that lie in different places."""
+    measured = [given for given in found if given.metrics]
+    result = []
+    for given in found:
+        twins = [other for other in (found if given.metrics else measured) if other.settings == given.settings]
+        if given.metrics:
+            pictures = [other.picture for other in (given, *twins) if other.picture]
+            result.append(dataclasses.replace(given, picture=pictures[0] if pictures else None))
+        elif not twins:
+            result.append(given)
+    return sorted(result, key=_order)
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many more as it takes to tell them apart.
+
+    Raises:
+        ValueError: two of them are the same folder.
+    """
+    parts = [path.resolve().parts for path in paths]
+    if len(set(parts)) < len(parts):
+        twice = next(str(path) for index, path in enumerate(paths) if parts[index] in parts[:index])
+        raise ValueError(f"expected different runs, found {twice} twice; name each once")
+    count = 1
+    while len({part[-count:] for part in parts}) < len(parts):
+        count += 1
+    return ["/".join(part[-count:]) for part in parts]
+
+
+def read_run(folder: str | Path, name: str) -> Run:
+    """A run's folder as it stands.
+
+    Raises:
+        ValueError: it is no run, or a file in it is damaged.
+    """
+    folder = Path(folder)
+    if not any((folder / part).exists() for part in ("config.json", "log.jsonl", "checkpoints")):
+        raise ValueError(
+            f"expected the folder of a run (with config.json, log.jsonl or checkpoints/), found "
+            f"{'none of these in' if folder.is_dir() else 'nothing at'} {folder}; give exps/<name>, as train.py made it"
+        )
+    try:
+        rows = [row for row in read_log(folder) if isinstance(row, dict) and _is_number(row.get("step"))]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected lines of JSON in {folder / 'log.jsonl'}, found bytes that are no text") from error
+    states = folder.glob("checkpoints/*/state.json")
+    steps = {int(path.parent.name): path for path in states if path.parent.name.isdigit()}
+    return Run(
+        folder=folder,
+        name=name,
+        record=read_json(folder / "config.json"),
+        # A killed run has rows after its last checkpoint, which it writes again when it goes on.
+        rows=[row for _, row in sorted({row["step"]: row for row in rows}.items())],
+        checkpoints=sorted(steps),
+        state=read_json(steps[max(steps)]) if steps else {},
+        grids={int(path.stem): path for path in sorted(folder.glob("samples/*.png")) if path.stem.isdigit()},
+        samples=[read_samples(path) for path in _sample_folders(folder)],
+    )
+
+
+def _sample_folders(run_dir: Path) -> list[Path]:
+    """Folders with `samples.json` anywhere below a run's. Folders of single images and checkpoints are not entered."""
+    found = []
+    for folder, inner, files in os.walk(run_dir):
+        inner[:] = sorted(name for name in inner if name not in ("images", "partial", "checkpoints", "wandb"))
+        if "samples.json" in files:
+            found.append(Path(folder))
+    return found
+
+
+def read_samples(path: str | Path) -> Samples:
+    """A set of samples from its folder, or from a file of figures, which holds the settings of sampling as well.
+
+    Raises:
+        ValueError: neither, or damaged.
+    """
+    path = Path(path)
+    record, measured = {}, {}
+    if path.is_dir():
+        record, measured = read_json(path / "samples.json"), read_json(path / "metrics.json")
+    elif path.is_file():
+        measured = read_json(path)
+    warnings = list(measured.get("warnings") or [])
+    sampling = measured.get("sampling") or {}
+    if record and sampling and sampling.get("settings") != record.get("settings"):
+        measured = {}  # of samples that were here before
+        warnings = [f"{path / 'metrics.json'} is of samples with other settings: left out; measure these anew"]
+    record = record or sampling
+    settings = record.get("settings")
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"expected a set of samples (a folder with samples.json, or a metrics.json that tells how the samples were "
+            f"drawn), found {'neither in' if path.exists() else 'nothing at'} {path}"
+        )
+    figures = measured.get("metrics") or {}
+    reference = measured.get("reference") or {}
+    picture = path / "samples.png"
+    return Samples(
+        path=path,
+        settings=settings,
+        checkpoint=str(record.get("checkpoint") or ""),
+        metrics={str(name): float(value) for name, value in figures.items() if _is_number(value)},
+        reference=f"{Path(reference.get('path') or 'unknown').name} ({str(reference.get('sha256'))[:8]})",
+        warnings=tuple(map(str, warnings)),
+        picture=picture if picture.is_file() else None,
+    )
+
+
+def _is_from(samples: Samples, run: Run) -> bool:
+    """Whether a run's checkpoint is what they were drawn from: by its digest, or by its path if that one is gone."""
+    state = read_json(run.folder / "checkpoints" / f"{samples.step:07d}" / "state.json")
+    if state:
+        digests = state.get("digests") or {}
+        return digests.get("ema.safetensors") == samples.settings.get("checkpoint_digest")
+    return bool(samples.checkpoint) and run.folder.resolve() == Path(samples.checkpoint).resolve().parent.parent
+
+
+def _order(samples: Samples) -> tuple:
+    return samples.step, samples.scale, str(samples.settings.get("guidance_interval")), str(samples.path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is no file.
+
+    Raises:
+        ValueError: something else is in it.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:  # of JSON and of UTF-8
+        raise ValueError(f"expected JSON in {path}, found something else ({error}); mend or remove it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object in {path}, found a {type(content).__name__}; mend or remove it")
+    return content
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def hours(rows: Sequence[dict[str, float]], batch_size: int) -> list[float]:
+    """Hours of training up to each row: steps since the row before, times images of a step, over images a second.
+
+    Time in which grids were drawn and checkpoints copied is not in it, nor what a kill made to be done again. Rows
+    without a speed add nothing.
+    """
+    total, before, result = 0.0, 0, []
+    for row in rows:
+        speed = row.get("images_per_second")
+        if _is_number(speed) and speed > 0:
+            total += (row["step"] - before) * batch_size / speed / 3600
+        before = row["step"]
+        result.append(total)
+    return result
+
+
+def direction(metric: str) -> int:
+    """-1 if a lower value of the metric is better, 1 if a higher one is, 0 if the name is not known."""
+    kind = metric.lower().rpartition("-")[2]
+    if kind in ("fid", "sfid", "frechet", "kid", "mmd") or metric.lower().startswith("fd-"):
+        return -1
+    return 1 if kind in ("is", "precision", "recall") else 0
+
+
+def preferred(metrics: Iterable[str]) -> str | None:
+    """The metric that stands for all: the first of `PREFERRED`, else any with a direction."""
+    metrics = list(metrics)
+    return next((name for name in (*PREFERRED, *metrics) if name in metrics and direction(name)), None)
+
+
+def interval_words(samples: Samples) -> str:
+    """Where it is guided: "none", "all t" or "t 0 to 0.7"."""
+    interval = samples.settings.get("guidance_interval")
+    if samples.scale == 1 or not interval:
+        return "none"
+    return "all t" if list(interval) == [0, 1] else "t {:g} to {:g}".format(*interval)
+
+
+WORDS: dict[str, Callable[[Any], str]] = {
+    "sampler": lambda value: str(value),
+    "num_steps": lambda value: f"{value} steps",
+    "last_t": lambda value: f"last t {value}",
+    "guidance_scale": lambda value: f"guidance {value:g}",
+    "guidance_interval": lambda value: "on t {:g} to {:g}".format(*value),
+    "num_samples": lambda value: f"{value:,} images",
+    "labels": lambda value: f"{value} labels",
+    "classes": lambda value: f"classes {' '.join(map(str, value))}",
+}
+
+
+def recipe_words(recipe: tuple, among: Iterable[tuple] = ()) -> str:
+    """A key of `Samples.recipe` in words; with `among`, only what differs among those keys."""
+    among = list(among)
+    shown = []
+    for index, (name, value) in enumerate(zip(RECIPE, recipe, strict=True)):
+        if value is not None and (not among or len({other[index] for other in among}) > 1):
+            shown.append(WORDS[name](value))
+    return ", ".join(shown)
+
+
+def evenly(items: Sequence, count: int) -> list:
+    """At most `count` (at least 1) of the items at even distances, the first and the last among them; of one, the
+    last."""
+    items = list(items)
+    if len(items) <= count:
+        return items
+    if count == 1:
+        return items[-1:]
+    return [items[round(k * (len(items) - 1) / (count - 1))] for k in range(count)]
