@@ -123,7 +123,7 @@ function draw(figure) {
   };
   for (const series of all) {
     if (series.fromLog && smoothing) line(series, series.raw, "raw");
-    line(series, series.y, "line");
+    line(series, series.y, series.fromLog && !smoothing && series.x.length > 300 ? "many" : "line");
     if (series.x.length <= 40) {
       series.y.forEach((value, index) => {
         if (usable(value)) add(svg, "circle", { cx: mapX(series.x[index]), cy: mapY(value), r: 2.5, style: `fill:var(--c${series.color % 8})` });
@@ -133,16 +133,19 @@ function draw(figure) {
   const cursor = add(svg, "line", { class: "cursor", y1: TOP, y2: HEIGHT - BOTTOM, visibility: "hidden" });
 
   function tell(x) { // the values nearest to x, or the last ones
+    const places = all.map((series) => x === null ? series.x.length - 1 : nearest(series.x, x));
+    const shown = all.map((series, index) => series.x[places[index]]), most = shown.reduce((a, b) => Math.max(a, b));
     legend.replaceChildren();
-    for (const series of all) {
-      const index = x === null ? series.x.length - 1 : nearest(series.x, x), item = add(legend, "li");
-      if (!series.x.length) continue;
+    add(legend, "li", {}, `${chart.x} ${format(most)}`);
+    all.forEach((series, index) => {
+      const item = add(legend, "li"), value = series.raw[places[index]];
       const swatch = add(item, "span", { class: "swatch" });
       swatch.style.borderTopColor = `var(--c${series.color % 8})`;
       if (series.color >= 8) swatch.style.borderTopStyle = "dashed";
-      const value = smoothing && series.fromLog ? `${format(series.raw[index])} (smooth ${format(series.y[index])})` : format(series.raw[index]);
-      add(item, "span", {}, `${series.label ? series.label + ": " : ""}${value} at ${chart.x} ${format(series.x[index])}`);
-    }
+      const smooth = smoothing && series.fromLog ? ` (smooth ${format(series.y[places[index]])})` : "";
+      const elsewhere = shown[index] === most ? "" : ` (at ${format(shown[index])})`;
+      add(item, "span", {}, `${series.label ? series.label + ": " : ""}${format(value)}${smooth}${elsewhere}`);
+    });
   }
   tell(null);
   svg.addEventListener("pointermove", (event) => {

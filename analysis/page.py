@@ -35,7 +35,7 @@ from analysis.runs import (
 MAX_RUNS = 32
 MAX_POINTS = 2000  # of a curve
 MAX_NUMBERS = 80_000  # of all curves: 1.6 MB
-MAX_GRIDS = 48  # of all runs
+MAX_GRIDS = 48  # of all runs; of one half of it, as training waits for them to be read
 MAX_PICTURES = 4  # of sets of samples
 MAX_LINES = 300  # of the table of metrics
 IMAGE_BYTES = 2_600_000  # of all pictures as text
@@ -43,11 +43,11 @@ IMAGE_BYTES = 2_600_000  # of all pictures as text
 ENCODINGS = ((512, 85), (512, 70), (384, 75), (384, 60), (256, 70), (256, 50), (160, 60), (128, 40))
 LOSSES = {"loss": "total loss", "velocity": "velocity loss"}
 OTHERS = {
-    "grad_norm": "gradient norm, before clipping",
+    "grad_norm": "gradient norm before clipping",
     "images_per_second": "speed, images a second",
-    "memory_gib": "largest memory of the first process, GiB",
-    "skipped_steps": "steps that were not applied, since the row before",
-    "spikes": "spikes of the gradient, since the row before",
+    "memory_gib": "largest memory, GiB",
+    "skipped_steps": "steps not applied, by row",
+    "spikes": "spikes of the gradient, by row",
 }
 
 
@@ -85,7 +85,7 @@ def render(runs: list[Run], others: list[Samples]) -> str:
     here = Path(__file__)
     style, script = (here.with_suffix(suffix).read_text() for suffix in (".css", ".js"))
     data: dict[str, Any] = {"runs": [], "charts": [], "grid_steps": []}
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    title = ", ".join(run.name for run in runs[:4]) + (f" and {len(runs) - 4} others" if len(runs) > 4 else "")
     body = [
         f"<header><h1>{_escape(title)}</h1>",
         f'<p class="quiet">Written {_escape(provenance.now())}</p></header>',
@@ -165,9 +165,8 @@ def _overview(runs: list[Run]) -> str:
         last = run.rows[-1] if run.rows else {}
         asked = run.settings.get("max_train_steps")
         facts = {"steps": f"{_say(last.get('step'))} of {_say(asked)}" if run.rows else "no rows in the log yet"}
-        for name in _terms([run]):
-            facts[_title(name)] = _say(last.get(name))
         if run.rows:
+            facts |= {_title(name): _say(last.get(name)) for name in _terms(runs)}
             facts["epochs"] = _say(last.get("epoch"))
             facts["gradient norm"] = _say(last.get("grad_norm"))
             facts["images a second"] = _say(last.get("images_per_second"))
@@ -334,7 +333,8 @@ def _grids(runs: list[Run], data: dict[str, Any]) -> str:
         return (
             '<h2>Samples over time</h2><p class="quiet">No samples yet: train.py draws them every --sampling-steps.</p>'
         )
-    steps = chosen_steps(runs, max(2, MAX_GRIDS // len(runs)))
+    steps = chosen_steps(runs, max(2, MAX_GRIDS // max(2, len(runs))))
+    start = max(steps, key=lambda step: (sum(step in run.grids for run in runs), step))
     wanted = [(run, step) for run in runs for step in steps if step in run.grids]
     encoded = dict(
         zip(
@@ -350,8 +350,8 @@ def _grids(runs: list[Run], data: dict[str, Any]) -> str:
         for step in steps:
             uri, small = encoded.get((run.name, step)) or ("", False)
             if uri:
-                pictures.append(_image(run.name, step, uri, small, step == steps[-1]))
-        found = encoded.get((run.name, steps[-1])) is not None
+                pictures.append(_image(run.name, step, uri, small, step == start))
+        found = encoded.get((run.name, start)) is not None
         figures.append(
             f'<figure class="card" data-grids><figcaption>{_escape(run.name)}</figcaption>{"".join(pictures)}'
             f'<p class="quiet missing"{" hidden" if found else ""}>No grid of this step.</p></figure>'
@@ -362,10 +362,9 @@ def _grids(runs: list[Run], data: dict[str, Any]) -> str:
     if broken:
         notes.append(f"{len(broken)} pictures cannot be read, the first of them {broken[0]}.")
     said = "".join(f'<p class="quiet">{_escape(note)}</p>' for note in notes)
-    last = len(steps) - 1
     return (
         f'<h2>Samples over time</h2><div class="controls"><input type="range" id="slider" aria-label="step" min="0" '
-        f'max="{last}" value="{last}"><output>step {steps[last]:,}</output></div>{said}'
+        f'max="{len(steps) - 1}" value="{steps.index(start)}"><output>step {start:,}</output></div>{said}'
         f'<div class="grids{" one" if len(runs) == 1 else ""}">{"".join(figures)}</div>'
     )
 
@@ -454,22 +453,15 @@ def _group(group: list[Measured], data: dict[str, Any], several: bool) -> list[s
     main = preferred(best)
     if main and len(group) > 1:
         value = best[main].samples.metrics[main]
-        others = [name for name in best if name != main]
-        parts.append(
-            f"<p><strong>Best by {_escape(main)}: {value:.4g}</strong> with {_escape(_where(best[main], several))}."
-            + (
-                " By the others: "
-                + "; ".join(
-                    f"{_escape(name)} {best[name].samples.metrics[name]:.4g} with "
-                    f"{_escape(_where(best[name], several))}"
-                    for name in others
-                )
-                + "."
-                if others
-                else ""
-            )
-            + "</p>"
-        )
+        text = f"<strong>Best by {_escape(main)}: {value:.4g}</strong> with {_escape(_where(best[main], several))}."
+        alike = [name for name in best if name != main and best[name] is best[main]]
+        if alike:
+            text += f" So it is by {_escape(', '.join(alike))}."
+        for name in best:
+            if best[name] is not best[main]:
+                figure, where = best[name].samples.metrics[name], _where(best[name], several)
+                text += f" By {_escape(name)}: {figure:.4g} with {_escape(where)}."
+        parts.append(f"<p>{text}</p>")
     names = list(dict.fromkeys(name for item in group for name in item.samples.metrics))
     figures = []
     for name in names:

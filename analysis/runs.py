@@ -140,10 +140,12 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     if len(set(parts)) < len(parts):
         twice = next(str(path) for index, path in enumerate(paths) if parts[index] in parts[:index])
         raise ValueError(f"expected different runs, found {twice} twice; name each once")
-    count = 1
-    while len({part[-count:] for part in parts}) < len(parts):
-        count += 1
-    return ["/".join(part[-count:]) for part in parts]
+
+    def name(own: tuple[str, ...]) -> str:
+        alike = [[other[-count:] for other in parts].count(own[-count:]) for count in range(1, len(own))]
+        return "/".join(own[-(alike.index(1) + 1 if 1 in alike else len(own)) :])
+
+    return [name(own) for own in parts]
 
 
 def read_run(folder: str | Path, name: str) -> Run:
