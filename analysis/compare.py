@@ -417,7 +417,7 @@ def smoothed(rows: list[dict[str, float]], column: str, window: float) -> Curve:
     curve, first, total = [], 0, 0.0
     for index, (step, value) in enumerate(known):
         total += value
-        while known[first][0] <= step - window:
+        while first < index and known[first][0] <= step - window:
             total -= known[first][1]
             first += 1
         curve.append((step, total / (index - first + 1)))
@@ -579,6 +579,7 @@ def _times(found: dict[str, Any]) -> str:
 def draw_curves(compared: dict[str, Any], names: Sequence[str]) -> bytes:
     """`curves.png`: the metric, if any, and the velocity loss, each over steps and over hours."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     quantities = []
     if compared["metric"]:
@@ -600,13 +601,15 @@ def draw_curves(compared: dict[str, Any], names: Sequence[str]) -> bytes:
                 panel.axhline(compared["baseline"]["best"], color="gray", linestyle="--", linewidth=1)
                 kind = "steps" if unit == "steps" else "hours"
                 for entry in compared["reach"]:
-                    if entry[kind]["reached"] is not None:
-                        panel.plot(entry[kind]["reached"], compared["baseline"]["best"], "kx", markersize=8)
+                    found = entry[kind]
+                    if found["reached"] is not None:  # a triangle: at the latest there
+                        marker = "k<" if found["at_most"] else "kx"
+                        panel.plot(found["reached"], compared["baseline"]["best"], marker, markersize=8)
+            if unit == "steps":
+                panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 400k
             panel.set_xlabel(unit)
             panel.set_ylabel(quantity)
             panel.grid(alpha=0.3)
-            if not any(drawn.get_xdata() is not None and len(drawn.get_xdata()) > 1 for drawn in panel.lines):
-                panel.margins(0.2)
     handles = panels[0][0].lines[: len(names)]
     legend = figure.legend(
         handles, [f" {name}" for name in names], loc="outside upper center", ncols=min(4, len(names))
