@@ -619,7 +619,9 @@ def draw_curves(compared: dict[str, Any], names: Sequence[str]) -> bytes:
     if compared["metric"] is None:
         figure.text(0.01, 0.005, "No run has metrics: losses alone.", fontsize=9, color="dimgray")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font has not: boxes
+        figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 

@@ -456,7 +456,7 @@ def _group(group: list[Measured], data: dict[str, Any], several: bool) -> list[s
         text = f"<strong>Best by {_escape(main)}: {value:.4g}</strong> with {_escape(_where(best[main], several))}."
         alike = [name for name in best if name != main and best[name] is best[main]]
         if alike:
-            text += f" So it is by {_escape(', '.join(alike))}."
+            text += f" It is also the best by {_escape(', '.join(alike))}."
         for name in best:
             if best[name] is not best[main]:
                 figure, where = best[name].samples.metrics[name], _where(best[name], several)

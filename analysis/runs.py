@@ -213,8 +213,18 @@ def read_samples(path: str | Path) -> Samples:
             f"expected a set of samples (a folder with samples.json, or a metrics.json that tells how the samples were "
             f"drawn), found {'neither in' if path.exists() else 'nothing at'} {path}"
         )
-    figures = measured.get("metrics") or {}
-    reference = measured.get("reference") or {}
+    figures, reference = measured.get("metrics") or {}, measured.get("reference") or {}
+    interval = settings.get("guidance_interval")
+    whole = (
+        isinstance(figures, dict)
+        and isinstance(reference, dict)
+        and _is_number(settings.get("guidance_scale", 1))
+        and (interval is None or (isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval))))
+        and isinstance(settings.get("classes") or [], list)
+        and isinstance(settings.get("num_samples", 0), int)
+    )
+    if not whole:
+        raise ValueError(f"expected a record of samples as sample_ddp.py writes it, found another in {path}; remove it")
     picture = path / "samples.png"
     return Samples(
         path=path,

@@ -247,6 +247,16 @@ def test_samples_that_are_none_and_runs_named_twice_are_refused(tmp_path):
         write_report([run] * 33, tmp_path / "r.html")
 
 
+@pytest.mark.parametrize(
+    "settings", [{"guidance_scale": "2"}, {"guidance_interval": [0, "x"]}, {"guidance_interval": 3}, {"classes": 1}]
+)
+def test_damaged_records_of_samples_are_refused(settings, tmp_path):
+    run = make_run(tmp_path / "run")
+    add_samples(run / "samples" / "a", 10, 2.0, {"fid": 5.0}, **settings)
+    with pytest.raises(ValueError, match=r"expected a record of samples .* found another in"):
+        write_report([run], tmp_path / "r.html")
+
+
 def test_names_are_told_apart():
     assert distinct_names([Path("/a/x/run"), Path("/a/y/run"), Path("/b")]) == ["x/run", "y/run", "b"]
     assert distinct_names([Path("/a/run")]) == ["run"]
