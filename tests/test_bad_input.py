@@ -13,6 +13,7 @@ PROGRAMS = {
     "train_config": "TrainConfig", "sample_config": "SampleConfig", "preprocessing.dump_latents": "DumpConfig",
     "preprocessing.import_latents": "ImportConfig", "evaluations.evaluate": "EvaluateConfig",
     "analysis.sweep": "SweepConfig", "analysis.doctor": "DoctorConfig", "demo.run": "DemoConfig",
+    "analysis.report": "ReportConfig", "analysis.compare": "CompareConfig",
 }  # fmt: skip
 
 
