@@ -152,6 +152,10 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]], head_column: boo
     return f'<div class="table"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -181,7 +185,7 @@ def _overview(runs: list[Run]) -> str:
         facts["checkpoints"] = ", ".join(f"{step:,}" for step in evenly(run.checkpoints, 6)) or "none yet"
         if len(run.checkpoints) > 6:
             facts["checkpoints"] += f" (6 of {len(run.checkpoints)})"
-        facts["samples"] = f"{len(run.grids):,} grids, {len(run.samples):,} sets"
+        facts["samples"] = f"{_count(len(run.grids), 'grid')}, {_count(len(run.samples), 'set')}"
         columns[run.name] = facts
     names = list(dict.fromkeys(name for facts in columns.values() for name in facts))
     lines = [[_escape(name), *(facts.get(name, "–") for facts in columns.values())] for name in names]
@@ -398,15 +402,12 @@ def _metrics(runs: list[Run], others: list[Samples], data: dict[str, Any]) -> st
     for item in measured:
         groups.setdefault((item.samples.reference, item.samples.settings.get("num_samples")), []).append(item)
     for (reference, count), group in sorted(groups.items(), key=lambda item: -len(item[1])):
-        parts.append(
-            f"<p>{_say(count)} images against {_escape(reference)}, {len(group):,} "
-            f"{'set' if len(group) == 1 else 'sets'}.</p>"
-        )
+        parts.append(f"<p>{_say(count)} images against {_escape(reference)}, {_count(len(group), 'set')}.</p>")
         parts += _group(group, data, len({item.run for item in every}) > 1)
     waiting = [item for item in every if not item.samples.metrics]
     if waiting:
         parts.append(
-            f'<p class="quiet">{len(waiting):,} {"set" if len(waiting) == 1 else "sets"} of samples without figures: '
+            f'<p class="quiet">{_count(len(waiting), "set")} of samples without figures: '
             f"{_escape(', '.join(str(item.samples.path) for item in waiting[:3]))}"
             f"{' and others' if len(waiting) > 3 else ''}.</p>"
         )
