@@ -35,6 +35,7 @@ from tqdm import tqdm
 import checkpoint
 import cli
 import provenance
+from analysis.page import write_report
 from dataset import LatentDataset, StepSampler
 from ema import MovingAverage
 from guard import StepGuard
@@ -385,6 +386,8 @@ def fit(run: Run, start: int, loader: DataLoader, log: RunLog, vae: torch.nn.Mod
             run.writer.save(step, state, info)
         if sample and main_process:
             report_grid(run, vae, step)
+        if save and main_process:
+            refresh_report(config)
         accelerator.wait_for_everyone()
         begin = time.perf_counter()
         if stopped:
@@ -393,11 +396,21 @@ def fit(run: Run, start: int, loader: DataLoader, log: RunLog, vae: torch.nn.Mod
         profile.stop()
     stop.close()
     run.writer.finish()
+    if main_process:
+        refresh_report(config)  # once more, with the last checkpoint
     if stopped and not last:
         saved = checkpoint.latest_checkpoint(config.run_dir)
         accelerator.print(f"stopped by {stopped.name} after step {step}; the same command goes on from {saved}")
         accelerator.end_training()
         sys.exit(exit_code(stopped))
+
+
+def refresh_report(config: TrainConfig) -> None:
+    """`report.html` of the run as it stands. No trouble with it may end training."""
+    try:
+        write_report([config.run_dir], config.run_dir / "report.html")
+    except (ValueError, OSError) as error:
+        warnings.warn(f"cannot write {config.run_dir / 'report.html'}: {error}", stacklevel=2)
 
 
 def start_profiler(config: TrainConfig) -> torch.profiler.profile:
@@ -540,6 +553,7 @@ def main(argv: list[str] | None = None) -> None:
         table = "" if classes == config.num_classes else f"; a new table of classes, {config.num_classes} for {classes}"
         accelerator.print(f"starting from {initial['source']} ({initial['read_as']}{table})")
     settings = {"config": dataclasses.asdict(config), "data_digest": data_digest, "initial": initial}
+    settings |= {"processes": accelerator.num_processes}
     settings |= provenance.stamp()
     log = None
     if accelerator.is_main_process:

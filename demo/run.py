@@ -59,7 +59,8 @@ def commands(config: DemoConfig, cores: int, gpus: int) -> dict[str, str]:
         f" train.py --data-dir {out}/latents --output-dir {out} --exp-name run"
         f" --model SiT-Ti/2 --align vae --align-depth 2"
         f" --batch-size 32 --learning-rate 1e-3 --ema-decay 0.99 --mixed-precision no --num-workers 1"
-        f" --log-every 20 --checkpointing-steps 300 --keep-last 10 --sampling-steps 0"
+        f" --log-every 20 --checkpointing-steps 300 --keep-last 10"
+        f" --sampling-steps 100 --sampling-count 36 --sampling-guidance 2 --sampling-num-steps 20"
     )
     sample = (
         f"torchrun --standalone --nproc_per_node={gpus or min(cores, 4)} sample_ddp.py"
@@ -77,8 +78,10 @@ def commands(config: DemoConfig, cores: int, gpus: int) -> dict[str, str]:
         f" --checkpoint {out}/run/checkpoints/0000001",
         "training": f"{train} --max-train-steps {steps}",
         "samples": f"{sample} --output-dir {out}/samples --checkpoint {out}/run/checkpoints/{steps:07d}",
-        "measures before training": f"{evaluate} {out}/samples-before/samples.npz --output {out}/metrics-before.json",
-        "measures": f"{evaluate} {out}/samples/samples.npz --output {out}/metrics.json",
+        "measures before training": f"{evaluate} {out}/samples-before/samples.npz",
+        "measures": f"{evaluate} {out}/samples/samples.npz",
+        "report": f"python -m analysis.report {out}/run --samples {out}/samples-before {out}/samples"
+        f" --output {out}/report.html",
     }
 
 
@@ -266,8 +269,8 @@ def main(argv: list[str] | None = None) -> None:
     seconds.setdefault("judgement", {"seconds": time.perf_counter() - begin, "finished": True})
     write_json(folder / "seconds.json", seconds)
     measures = {
-        name: json.loads((folder / file).read_text())["metrics"]
-        for name, file in (("before", "metrics-before.json"), ("after", "metrics.json"))
+        name: json.loads((folder / samples / "metrics.json").read_text())["metrics"]
+        for name, samples in (("before", "samples-before"), ("after", "samples"))
     }
     rows, distances = read_log(folder / "run"), median_distances(images)
     summary = summarise(recognised, before, labels, accuracy, distances, measures, rows, seconds)
@@ -294,7 +297,7 @@ def report(summary: dict[str, Any], output_dir: str) -> None:
         f"losses   {losses}\n"
         f"measures {measures}\n"
         f"seconds  {', '.join(f'{name} {value:g}' for name, value in seconds.items())}\n"
-        f"see      {output_dir}/samples.png, {output_dir}/summary.json"
+        f"see      {output_dir}/samples.png, {output_dir}/report.html, {output_dir}/summary.json"
     )
 
 
