@@ -111,7 +111,7 @@ def fit_probe(moments: Moments, ridge: float = RIDGE) -> tuple[Tensor, Tensor]: 
     (Hoerl and Kennard 1970.) The bias is free of the penalty.
     """
     s = (moments.xx.diagonal() / moments.count).sqrt()
-    s = torch.where(s > 0, s, 1.0)  # an input that never varies gets no weight
+    s = torch.where(s > 1e-10 * moments.mean_x.abs(), s, torch.inf)  # one that varies by rounding alone has no weight
     R = moments.xx / moments.count / s[:, None] / s
     R.diagonal().add_(ridge)
     r = moments.xy / moments.count / s[:, None]
