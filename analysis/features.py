@@ -456,7 +456,7 @@ def pca_layout(num_panels: int, num_blocks: int, num_levels: int, side: int) -> 
 
 
 def draw_pca(path: Path, panels: list[Panel], depths: Sequence[int], levels: Sequence[float], heading: str) -> None:
-    """Write Figure 2: the images side by side, each with its VAE features, and below them blocks (rows) by noise levels."""
+    """Write Figure 2: images side by side, each with its VAE features, and below them blocks (rows) by noise levels."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -590,15 +590,11 @@ def conclude(
         lines.append(f"  At each noise level: block {by_level}.")
     probe = summary["probe_r2"]
     means = dict(zip(depths, probe["mean"], strict=True))
-    given, best = sum(probe["input"]) / len(levels), max(probe["mean"])
-    close = next(depth for depth in depths if means[depth] >= best - CLOSE)
-    early = f"The earliest block within {CLOSE:g} of the best probe is {close} ({means[close]:.3f})"
-    if best > given:
-        half = next(depth for depth in depths if means[depth] >= (given + best) / 2)
-        early += f", the earliest with half of its gain over the input {half} ({means[half]:.3f})"
+    close = next(depth for depth in depths if means[depth] >= means[probe["best"]] - CLOSE)
     lines.append(
         f"Best on average: block {probe['best']} by the probe, {summary['cka']['best']} by CKA, "
-        f"{summary['cknna']['best']} by CKNNA. {early}."
+        f"{summary['cknna']['best']} by CKNNA; the earliest within {CLOSE:g} of the best probe is block {close} "
+        f"({means[close]:.3f})."
     )
     lines.append(
         "The velocity itself makes the last blocks predict f_VAE (z is a sum of y_t and the velocity): a late best "
