@@ -20,7 +20,6 @@ import dataclasses
 import json
 import math
 import os
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -455,6 +454,14 @@ def pca_layout(num_panels: int, num_blocks: int, num_levels: int, side: int) -> 
     }
 
 
+def shortened(text: str, length: int) -> str:
+    """Text of at most so many letters: its middle gives way, since names and paths differ at their ends."""
+    if len(text) <= length:
+        return text
+    end = (length - 3) * 2 // 3
+    return f"{text[: length - 3 - end]}...{text[len(text) - end :]}"
+
+
 def draw_pca(path: Path, panels: list[Panel], depths: Sequence[int], levels: Sequence[float], heading: str) -> None:
     """Write Figure 2: images side by side, each with its VAE features, and below them blocks (rows) by noise levels."""
     import numpy as np
@@ -480,13 +487,12 @@ def draw_pca(path: Path, panels: list[Panel], depths: Sequence[int], levels: Seq
         figure.text(x / width, 1 - y / height, text, parse_math=False, **style)
 
     half = layout["cell"] / 2
-    write(EDGE, EDGE + LINE / 2, heading, pixels=14)
+    write(EDGE, EDGE + LINE / 2, shortened(heading, (width - 2 * EDGE) // 9), pixels=14)
     for index, panel in enumerate(panels):
         x, y = layout["image"][index]
         put(panel.image, (x, y), layout["large"])
         put(panel.f_vae, layout["f_vae"][index], layout["large"])
-        shown = textwrap.shorten(panel.title, max(12, layout["width"] // 9), placeholder="...")
-        write(x, y - 1.6 * LINE, shown, pixels=14, weight="bold")
+        write(x, y - 1.6 * LINE, shortened(panel.title, layout["width"] // 10), pixels=14, weight="bold")
         write(x + layout["large"] / 2, y - LINE / 2, "image", ha="center")
         write(layout["f_vae"][index][0] + layout["large"] / 2, y - LINE / 2, "VAE features", ha="center")
         for row in range(len(depths)):
@@ -515,15 +521,16 @@ def draw_heat(
     from matplotlib.patches import Rectangle
 
     rows, columns = 1 + len(depths), len(levels) + 1
-    each = 0.62 * columns + 1.4  # inches
+    each = max(4.2, 0.62 * columns + 1.4)  # inches
     figure = Figure(figsize=(len(METRICS) * each + 0.3, 0.34 * rows + 1.9), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(heading, fontsize=10, parse_math=False)
+    figure.suptitle(shortened(heading, 140), fontsize=10, parse_math=False)
     for axes, (name, title) in zip(figure.subplots(1, len(METRICS)), METRICS.items(), strict=True):
         values = np.column_stack([results[name], results[name].mean(axis=1)])  # (1 + B, L + 1)
         low, high = max(0.0, values.min()), max(values.max(), 1e-6)
         image = axes.imshow(values, cmap="viridis", vmin=min(low, high), vmax=high, aspect="auto")
-        figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).ax.tick_params(labelsize=7)
+        bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, aspect=max(20, 2 * rows))
+        bar.ax.tick_params(labelsize=7)
         for (row, column), value in np.ndenumerate(values):
             dark = image.norm(value) < 0.6
             best = row > 0 and row == 1 + values[1:, column].argmax()

@@ -154,7 +154,8 @@ def cknna(x: Tensor, y: Tensor, k: int = 10) -> float:  # (M, D), (M, d) -> ()
         [sum_ij K_ij L_ji + (sum K)(sum L) / ((M - 1)(M - 2)) - 2 / (M - 2) sum_ij (K L)_ij] / (M (M - 3))
 
     This is what the authors' program computes, and with k = 10 what REPA reports; the formula in their text masks
-    centred kernels instead. 1 for equal neighbourhoods and lengths, about 0 for none in common. Memory: M x M.
+    centred kernels instead. 1 for equal kernels, about 0 for no neighbours in common; not quite the same for (y, x),
+    as to be among another's nearest is not mutual. Memory: M x M.
 
     Raises:
         ValueError: not 1 <= k < M, or fewer than 4 rows.
