@@ -17,6 +17,7 @@ side, L noise levels, B blocks looked at.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 BLOCK = 16  # images that share a generator, and a pass of the network
 HELD_OUT = 4  # every so manieth image is kept from the probe, to measure it
 NEIGHBOURS = 10  # k of CKNNA, as in REPA
+TOKENS_PER_INPUT = 10  # the probe loses about 1 / 10 of what it cannot explain to chance; with fewer it means little
 CKNNA_TOKENS = 2048  # drawn from all images: its kernels have the square of it
 LONGEST_SIDE = 50  # times the shorter one: the crop of a longer image would first be blown up beyond the memory
 METRICS = {
@@ -273,10 +275,10 @@ def measure(probed: Probed, source: LatentDataset | LooseImages, indices: np.nda
     `CKNNA_TOKENS` of them. CKNNA is of tokens, not of means over images as where encoders are compared: it is tokens
     that are aligned, and the mean of an image's latent says little but its brightness. Noise levels are gone through
     one by one: 2 D^2 numbers in float64 and D `CKNNA_TOKENS` in float32 are held for each block, however many images
-    there are (SiT-XL/2: 0.9 GB).
+    there are (SiT-XL/2: 0.9 GB; with a pass of the network 2 GB beside its weights).
 
     Raises:
-        ValueError: too few images, features that do not vary, or tokens that are not finite.
+        ValueError: features that do not vary, or tokens that are not finite.
     """
     import numpy as np
     from tqdm import tqdm
@@ -284,12 +286,6 @@ def measure(probed: Probed, source: LatentDataset | LooseImages, indices: np.nda
     from seeding import numpy_generator
 
     T = probed.sit.config.num_tokens
-    needed = images_needed(probed.sit)
-    if len(indices) < needed:
-        raise ValueError(
-            f"expected at least {needed} images for the probe of tokens with {probed.sit.config.hidden_size} numbers, "
-            f"found {len(indices)}; give more (--num-images, --data-dir)"
-        )
     held_out = np.zeros(len(indices), bool)
     order = numpy_generator(probed.seed, 0, "features held out").permutation(len(indices))
     held_out[order[: len(indices) // HELD_OUT]] = True
@@ -306,9 +302,9 @@ def measure(probed: Probed, source: LatentDataset | LooseImages, indices: np.nda
 
 
 def images_needed(sit: SiT) -> int:
-    """Images without which the probe has fewer than two tokens to learn each of its inputs from."""
-    training = -(-2 * sit.config.hidden_size // sit.config.num_tokens)
-    return max(HELD_OUT, -(-training * HELD_OUT // (HELD_OUT - 1)))
+    """Images with which the probe has `TOKENS_PER_INPUT` tokens to be fitted to for each of its D inputs."""
+    fitted = -(-TOKENS_PER_INPUT * sit.config.hidden_size // sit.config.num_tokens)
+    return max(HELD_OUT, -(-fitted * HELD_OUT // (HELD_OUT - 1)))
 
 
 def _measure_level(
@@ -710,15 +706,12 @@ def look(config: FeaturesConfig) -> dict[str, Any]:
     Raises:
         ValueError: what is asked for is not there, or does not fit together.
     """
-    import provenance
-    from analysis.similarity import RIDGE
     from checkpoint import load_sit
     from models.vae import UNKNOWN_VAE
 
     device = choose_device(config.device)
     sit, info = load_sit(config.checkpoint)
-    depths = choose_depths(config.depths, sit.config.depth)
-    levels = tuple(sorted(config.noise_levels))
+    depths, levels = choose_depths(config.depths, sit.config.depth), tuple(sorted(config.noise_levels))
     store = open_store(config, sit, info) if config.data_dir else None
     if store and info["vae_digest"] == UNKNOWN_VAE:
         info = info | {name: store.meta[name] for name in ("vae", "vae_digest", "resolution")}
@@ -728,65 +721,77 @@ def look(config: FeaturesConfig) -> dict[str, Any]:
             f"expected to know the scale of the latents, found none in {info['source']}; give a --data-dir"
         )
     output = make_folder(config, info)
+    print(f"{info['source']} ({info['read_as']})", flush=True)
     with_classes = store is None or store.num_classes == sit.config.num_classes
-    probed = Probed(
-        sit.to(device), scale, info["path_type"], depths, levels, config.seed, device, with_classes
-    )  # fmt: skip
-    heading = f"{info['source']} ({info['read_as']})"
-    print(heading, flush=True)
     if not with_classes:
         print(
             f"{config.data_dir} has {store.num_classes} classes, the network {sit.config.num_classes}: its images are "
             f"looked at without a class",
             flush=True,
         )
+    probed = Probed(sit.to(device), scale, info["path_type"], depths, levels, config.seed, device, with_classes)
 
-    loose, vae = None, None
+    open_decoder = functools.cache(lambda: open_vae(config, sit, info, device))
     num_shown = config.num_shown or (8 if config.images else 4)
+    loose, total = None, len(store) if store else 0
     if config.images:
         files = find_images(config.images)
         kept = pick_evenly(len(files), num_shown if store else max(num_shown, config.num_images))
-        vae = open_vae(config, sit, info, device)
-        loose = encode_images([files[index] for index in kept], info["resolution"], vae, sit.config.num_classes)
-    shown_from = loose or store
-    shown = pick_evenly(len(shown_from), num_shown)
-    pictures = originals(shown_from, shown, lambda: vae or open_vae(config, sit, info, device), scale, device)
-    panels = make_panels(probed, shown_from, shown, pictures)
-    draw_pca(output / "features-pca.png", panels, depths, levels, f"Principal components of {heading}")
-    total = len(files) if config.images else len(store)
-    print(f"{output / 'features-pca.png'}: {len(panels)} of {total:,} images", flush=True)
+        chosen, total = [files[index] for index in kept], len(files)
+        loose = encode_images(chosen, info["resolution"], open_decoder(), sit.config.num_classes)
+    measured = pick_evenly(len(store or loose), config.num_images)
+    needed = images_needed(sit)
+    if store and len(measured) < needed:  # said before the work; loose images can be shown, if not measured
+        raise ValueError(
+            f"expected at least {needed} images to fit a probe to tokens of {sit.config.hidden_size} numbers, found "
+            f"{len(measured)}; raise --num-images, or give a larger --data-dir"
+        )
 
-    measured_from = store or loose
-    measured = pick_evenly(len(measured_from), config.num_images)
-    summary, lines = None, []
-    if store is None and len(measured) < images_needed(sit):
-        lines = [
-            f"Nothing was measured: that takes {images_needed(sit)} images, --images has {len(measured)}; "
-            f"give a --data-dir."
-        ]
+    shown = pick_evenly(len(loose or store), num_shown)
+    pictures = originals(loose or store, shown, open_decoder, scale, device)
+    panels = make_panels(probed, loose or store, shown, pictures)
+    draw_pca(output / "features-pca.png", panels, depths, levels, f"{info['source']}: principal components")
+    print(f"{output / 'features-pca.png'}: {len(panels)} of {total:,} images", flush=True)
+    summary = None
+    (output / "features-heat.png").unlink(missing_ok=True)  # an earlier one would seem to belong to this picture
+    if len(measured) < needed:
+        lines = [f"Nothing was measured: that takes {needed} images, --images has {len(measured)}; give a --data-dir."]
     else:
-        results = measure(probed, measured_from, measured)
-        draw_heat(output / "features-heat.png", results, depths, levels, f"{heading}, {len(measured)} images")
+        results = measure(probed, store or loose, measured)
+        draw_heat(output / "features-heat.png", results, depths, levels, f"{info['source']}: {len(measured)} images")
         print(f"{output / 'features-heat.png'}: {len(measured)} images", flush=True)
         summary = summarize(results, depths)
         lines = conclude(summary, depths, levels, info.get("config"))
-    record = {
-        "settings": dataclasses.asdict(config),
-        "checkpoint": {name: info[name] for name in ("source", "read_as", "step", "digest", "path_type")},
-        "depths": list(depths),
-        "noise_levels": list(levels),
-        "measured_images": len(measured) if summary else 0,
-        "held_out_images": len(measured) // HELD_OUT if summary else 0,
-        "classes": "of the store" if store and with_classes else "none",
-        "constants": {"ridge": RIDGE, "cknna_neighbours": NEIGHBOURS, "cknna_tokens": CKNNA_TOKENS},
+    record = describe(config, info, probed, bool(store), len(measured)) | {
         "metrics": summary,
         "pictured": [panel.explained for panel in panels],
         "conclusion": lines,
-        **provenance.stamp(),
     }
     (output / "features.json").write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     print("\n".join(lines), flush=True)
     return record
+
+
+def describe(
+    config: FeaturesConfig, info: dict[str, Any], probed: Probed, has_store: bool, num_measured: int
+) -> dict[str, Any]:
+    """What `features.json` says of how its numbers were made."""
+    import provenance
+    from analysis.similarity import RIDGE
+
+    return {
+        "settings": dataclasses.asdict(config),
+        "checkpoint": {name: info[name] for name in ("source", "read_as", "step", "digest", "path_type")},
+        "depths": list(probed.depths),
+        "noise_levels": list(probed.levels),
+        "images": num_measured,
+        "images_held_out": num_measured // HELD_OUT,
+        "classes": "of the store" if has_store and probed.with_classes else "none",
+        "latent_scale": probed.scale.to_dict(),
+        "constants": {"ridge": RIDGE, "cknna_neighbours": NEIGHBOURS, "cknna_tokens": CKNNA_TOKENS},
+        "device_type": probed.device.type,
+        **provenance.stamp(),
+    }
 
 
 def make_folder(config: FeaturesConfig, info: dict[str, Any]) -> Path:

@@ -315,7 +315,7 @@ def test_pictures_and_numbers_of_a_run(run, tmp_path, capsys):
         assert np.isfinite(entry["input"]).all()
         np.testing.assert_allclose(entry["mean"], np.mean(entry["blocks"], axis=1))
     assert {"versions", "git_revision", "machine", "date"} < set(record)
-    assert record["measured_images"] == COUNT
+    assert record["images"] == COUNT
     said = capsys.readouterr().out
     assert "\n".join(record["conclusion"]) in said
     assert "vae at block 2" in said
@@ -512,16 +512,19 @@ def test_folders_of_images_are_listed_sorted_without_hidden_files(tmp_path):
 
 def test_loose_images_alone(run, tmp_path, capsys):
     folder = tmp_path / "images"
-    for index in range(9):
+    for index in range(21):
         save_image(folder / f"{index}.png", 40 + index, 50, seed=index)
     few = look(run, tmp_path / "few", None, images=(str(folder / "1.png"), str(folder / "2.png")), vae=str(run / "vae"))
     assert [entry["name"] for entry in few["pictured"]] == ["1.png", "2.png"]
     assert few["metrics"] is None
-    assert "takes 4 images, --images has 2; give a --data-dir" in capsys.readouterr().out
+    assert "takes 20 images, --images has 2; give a --data-dir" in capsys.readouterr().out
+    assert not (tmp_path / "few" / "features-heat.png").exists()
+    (tmp_path / "few" / "features-heat.png").write_bytes(b"an earlier one")
+    look(run, tmp_path / "few", None, images=(str(folder / "1.png"),))
     assert not (tmp_path / "few" / "features-heat.png").exists()
     many = look(run, tmp_path / "many", None, images=(str(folder),))
     assert len(many["pictured"]) == 8
-    assert many["measured_images"] == 9
+    assert many["images"] == 21
     assert (tmp_path / "many" / "features-heat.png").exists()
 
 
@@ -541,7 +544,7 @@ def test_a_file_of_another_project_takes_what_it_lacks_from_the_store(tmp_path):
         torch.nn.init.normal_(parameter, std=0.05)
     torch.save(sit.state_dict(), tmp_path / "other.pt")
     vae = make_vae(tmp_path / "vae", channels=3)
-    make_store(tmp_path / "store", COUNT, K, SIZE, channels=3, vae=vae)
+    make_store(tmp_path / "store", 40, K, SIZE, channels=3, vae=vae)
     config = FeaturesConfig(
         checkpoint=str(tmp_path / "other.pt"), data_dir=str(tmp_path / "store"), depths=(1, 6), noise_levels=(0.5,),
         device="cpu",
@@ -617,7 +620,7 @@ def test_the_heat_maps_frame_the_best_block_of_each_column(tmp_path):
         ({"noise_levels": (float("nan"),)}, "--noise-levels: expected different times"),
         ({"num_images": 0}, "--num-images: expected at least 1, found 0"),
         ({"num_shown": 0}, "--num-shown: expected at least 1, found 0"),
-        ({"num_images": 3}, "expected at least 4 images for the probe of tokens with 24 numbers, found 3"),
+        ({"num_images": 19}, "expected at least 20 images to fit a probe to tokens of 24 numbers, found 19"),
         ({"seed": -1}, "--seed: expected at least 0, found -1"),
         ({"data": None}, "found neither --data-dir nor --images"),
         ({"checkpoint": "nowhere"}, "not a checkpoint: nothing at nowhere"),
