@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import table
+
 MODULES = (
     "bench_startup",
     "bench_data",
@@ -25,6 +27,7 @@ def main() -> None:
         command = [sys.executable, "-m", f"benchmarks.{module}"]
         if subprocess.run(command, cwd=Path(__file__).resolve().parent.parent).returncode:
             failed.append(module)
+    table.main()
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

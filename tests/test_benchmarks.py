@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import bench_gpu
+from benchmarks import bench_gpu, table
 
 
 @pytest.mark.slow
@@ -42,3 +42,24 @@ def test_what_fails_or_has_no_time_left_says_so_and_the_rest_goes_on(tmp_path):
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]
     assert "no time was left" in results["decode"]["not_measured"]
     assert "not_measured" in results["train/SiT-Nope/4"]
+
+
+def test_the_readmes_table_is_that_of_the_results():
+    """Written by `python -m benchmarks.table`."""
+    assert table.table() in table.README.read_text()
+
+
+def test_a_gpus_results_fill_the_rows_that_say_not_measured(tmp_path, monkeypatch):
+    for file in table.RESULTS.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "gpu.json").write_text(json.dumps({
+        "machine": "a GPU", "settings": {"models": ["SiT-XL/2"]}, "results": {
+            "train/SiT-XL/2/with-head/batch-32/ours": {"images_per_second": 612.4, "times_plain": 2.5},
+            "sample/SiT-XL/2/ours": {"not_measured": "out of memory"},
+        },
+    }))  # fmt: skip
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    lines = table.table().splitlines()
+    (row,) = [line for line in lines if "batch 32, beside a plain loop, on a GPU" in line]
+    assert "| 612 images/s, 2.5 times |" in row
+    assert any("sampling SiT-XL/2" in line and "| not measured |" in line for line in lines)

@@ -211,7 +211,9 @@ def test_whole_way_shortened_and_run_again(tmp_path):
     assert set(summary["measures"]["before"]) == set(summary["measures"]["after"]) >= {"vae-frechet"}
     assert all(f"$ {shown}" in done.stdout for shown in summary["commands"].values())
     assert Image.open(tmp_path / "samples.png").size == (10 * 70 + 6, 20 + 10 * 70 + 6)
-    made = {path: path.read_bytes() for path in (tmp_path / "samples").iterdir() if path.is_file()}
+    drawn = [tmp_path / "samples" / f"samples.{kind}" for kind in ("npz", "png", "json")]
+    made = {path: path.read_bytes() for path in drawn}
+    assert (tmp_path / "report.html").stat().st_size > 10_000
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
     assert {path: path.read_bytes() for path in made} == made
