@@ -12,9 +12,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -222,8 +225,14 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class SiT(nn.Module):
+class SiT(
+    nn.Module, PyTorchModelHubMixin,
+    library_name="vae-repa", license="apache-2.0", pipeline_tag="unconditional-image-generation",
+):  # fmt: skip
     """v(y_t, t | class), float32 weights; under autocast the tokens between blocks are in the lower precision.
+
+    `save_pretrained`, `push_to_hub` and `from_pretrained` (a folder, or a name on the hub; in eval mode) keep config and
+    weights alone. What sampling needs beside them is written by `analysis.publish` and read by `pipeline.py`.
 
     Attributes:
         recompute: keep only the input of every k-th block for the backward pass, and run it again there (0: of none).
@@ -279,6 +288,37 @@ class SiT(nn.Module):
         for block in self.blocks[:depth]:
             x = block(x, c)
         return x
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        config: dict[str, Any] | None = None,
+        map_location: str | torch.device = "cpu",
+        **hub: Any,
+    ) -> SiT:
+        """What the mixin's `from_pretrained` loads by. Its own would take a file that lacks weights, or a pickled one.
+
+        Raises:
+            ValueError: settings or weights are missing, or do not fit.
+        """
+        from huggingface_hub import hf_hub_download
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        fields = {field.name for field in dataclasses.fields(SiTConfig)}  # a config.json may say more
+        sit = cls(SiTConfig.from_dict({name: value for name, value in (config or {}).items() if name in fields}))
+        folder, name = Path(model_id), "model.safetensors"
+        file = folder / name if folder.is_dir() else hf_hub_download(model_id, name, **hub)
+        try:
+            sit.load_state_dict(load_file(file))
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ValueError(
+                f"expected the weights of this SiT in {file}, found other ones or none "
+                f"({' '.join(str(error).split())[:300]})"
+            ) from error
+        return sit.to(map_location).eval()
 
     def _embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # -> (N, T, D), (N, D)
         """The tokens that enter the first block, and the condition of every block."""

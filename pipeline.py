@@ -1,0 +1,346 @@
+"""Images from a published model, in the calling convention of diffusers.
+
+    from pipeline import VAEREPAPipeline
+
+    pipe = VAEREPAPipeline.from_pretrained("name/model")  # or a folder that `python -m analysis.publish` made
+    pipe(class_labels=[207, 360], guidance_scale=4.0, seed=0).images[0].save("golden.png")
+
+The images are those of `sample_ddp.py` with the same seed, labels and settings. Nothing of training is imported.
+
+No `diffusers.DiffusionPipeline` underneath: that loads each part from a subfolder by a class that diffusers itself has (or
+runs code from the hub), and steps through a scheduler. Here the SiT lies at the top of the folder, where
+`SiT.from_pretrained` finds it, and the solvers keep a float64 state and draw noise by blocks, which no scheduler does.
+
+Shape suffixes: N images, B images of a batch, R image side, C latent channels, H = W latent side.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import mmap
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from interpolant import Interpolant
+from models.sit import SiT
+from models.vae import UNKNOWN_VAE, LatentScale, decode_images, hub_answers, load_vae, vae_digest, vae_factor
+from sample_config import SAMPLERS
+from samplers import block_noise, guided_velocity, solve
+from seeding import BLOCK
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from PIL import Image
+
+FORMAT = "vae-repa-model"  # of a published folder; written by analysis/publish.py
+VERSION = 1
+NEEDED = (  # in config.json, beside the fields of `SiTConfig`
+    "step", "weights_sha256", "path_type", "latent_scale", "vae", "vae_digest", "resolution", "class_names",
+)  # fmt: skip
+BATCH = 64  # the default of sample_ddp.py
+PRECISIONS = ("no", "bf16")
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    images: list[Image.Image]  # RGB, in the order of the labels
+
+
+class VAEREPAPipeline:
+    """A SiT, its VAE and what sampling needs to know, on one device. Made by `from_pretrained`.
+
+    Attributes:
+        sit: the averaged weights, frozen.
+        vae: the decoder.
+        config: what `config.json` says: `step`, `resolution`, `class_names`, ...
+        device: where all of it is.
+    """
+
+    def __init__(
+        self, sit: SiT, vae: AutoencoderKL, config: dict[str, Any], device: torch.device, mixed_precision: str
+    ):
+        self.sit, self.vae, self.config, self.device = sit, vae, config, device
+        self.autocast = torch.bfloat16 if mixed_precision == "bf16" else None
+        self.scale = LatentScale.from_dict(config["latent_scale"])
+        self.interpolant = Interpolant(config["path_type"])
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, vae: str | Path | None = None, device: str | torch.device | None = None,
+        mixed_precision: str | None = None, vae_precision: str | None = None, compile: bool = False,
+        revision: str | None = None,
+    ) -> VAEREPAPipeline:  # fmt: skip
+        """Load a published model.
+
+        Args:
+            path: its folder, or its name on the hub.
+            vae: local folder or file of the VAE, or its name on the hub, if neither `vae/` in the folder nor what the
+                model records is to be taken. It must be the VAE that the model was trained with.
+            device: by default a GPU if there is one.
+            mixed_precision: of the SiT, "no" (float32) or "bf16"; by default bf16 on a GPU, as sample_ddp.py does.
+            vae_precision: of the decoder; the same.
+            compile: torch.compile each block, as sample_ddp.py does on a GPU: its very bits there need it.
+            revision: branch, tag or commit on the hub.
+
+        Raises:
+            ValueError: no published model there, a damaged one, another VAE, or a hub that does not answer.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        default = "bf16" if device.type == "cuda" else "no"
+        mixed_precision, vae_precision = mixed_precision or default, vae_precision or default
+        for name, value in (("mixed_precision", mixed_precision), ("vae_precision", vae_precision)):
+            if value not in PRECISIONS:
+                raise ValueError(f"{name}: expected one of {', '.join(PRECISIONS)}, found {value!r}")
+        folder = _fetch(path, revision)
+        config = read_config(folder)
+        sit = SiT.from_pretrained(folder).requires_grad_(False)
+        decoder = _load_decoder(folder, config, sit, vae)  # in float32, as its digest was taken
+        if vae_precision == "bf16":
+            decoder = decoder.bfloat16().to(memory_format=torch.channels_last)
+        if compile:
+            for block in sit.blocks:
+                block.compile(fullgraph=True, dynamic=False)
+        return cls(sit.to(device), decoder.to(device), config, device, mixed_precision)
+
+    def __call__(
+        self, class_labels: int | str | Iterable[int | str], guidance_scale: float = 4.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0), num_inference_steps: int = 250, sampler: str = "sde",
+        seed: int = 0, last_t: float = 0.04, batch_size: int | None = None, height: int | None = None,
+        width: int | None = None,
+    ) -> PipelineOutput:  # fmt: skip
+        """Draw an image for each label.
+
+        Image i depends on the seed, i, its label and the settings, and equals image i of `sample_ddp.py` with as many
+        images, bit for bit on the same machine. The first images of a larger set need its `batch_size` (64 unless set
+        there) too: another size keeps every draw, and changes rounding alone.
+
+        Args:
+            class_labels: numbers or names of classes (see `config["class_names"]`); a name may be one of several that
+                stand in a class's name with commas between.
+            guidance_scale: v_null + scale (v_class - v_null): 1 is no guidance.
+            guidance_interval: times at which to guide, both included: t = 1 is noise, t = 0 is data.
+            num_inference_steps: steps; each costs one evaluation of the network (ode-heun: two).
+            sampler: "sde", "ode-euler" or "ode-heun".
+            seed: of the noise.
+            last_t: sde: time at which the last step, without noise, begins.
+            batch_size: images at once, a multiple of 16; by default 64, or fewer if fewer are asked for.
+            height, width: if given, must be what the model makes: it knows one size.
+
+        Raises:
+            ValueError: unknown or ambiguous classes, settings out of range, or samples that are not finite.
+        """
+        numbers = class_numbers(class_labels, self.config["class_names"])
+        self._check(guidance_scale, guidance_interval, num_inference_steps, sampler, seed, last_t, batch_size)
+        for name, side in (("height", height), ("width", width)):
+            if side not in (None, self.config["resolution"]):
+                raise ValueError(
+                    f"{name}: expected {self.config['resolution']}, the one size that this model makes, found {side}; "
+                    f"leave it out, and resize the images"
+                )
+        size = batch_size or min(BATCH, -(-len(numbers) // BLOCK) * BLOCK)
+        images = []
+        with _plain_float32():
+            for first in range(0, len(numbers), size):
+                labels = numbers[first : first + size]
+                # Batches are whole even at the end, as those of sample_ddp.py; whose labels fill them changes no image.
+                y = torch.tensor(labels + [0] * (size - len(labels)), device=self.device)
+                velocity = guided_velocity(
+                    self.sit, y, self.sit.config.num_classes, guidance_scale, tuple(guidance_interval), self.autocast
+                )
+                noise = block_noise(seed, first, size, self.latent_shape, self.device)
+                z = solve(sampler, velocity, noise, num_inference_steps, self.interpolant, last_t)[: len(labels)]
+                if not z.isfinite().all():
+                    raise ValueError(
+                        "expected finite samples, found some that are not; use mixed_precision='no', or a smaller "
+                        "guidance_scale"
+                    )
+                images += self._decode(z)
+        return PipelineOutput(images)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        config = self.sit.config
+        return config.in_channels, config.latent_size, config.latent_size
+
+    def _decode(self, z: Tensor) -> list[Image.Image]:  # (B, C, H, W) float64 -> B images
+        """Block by block, as sample_ddp.py does: the decoder, too, rounds by the company that an image has."""
+        from PIL import Image
+
+        count = len(z)
+        z = torch.cat([z, z[-1:].expand(-count % BLOCK, *z.shape[1:])]).float()
+        pixels = torch.cat([decode_images(self.vae, block, self.scale) for block in z.split(BLOCK)])  # (B, R, R, 3)
+        return [Image.fromarray(image) for image in pixels[:count].cpu().numpy()]
+
+    @staticmethod
+    def _check(
+        scale: float, interval: Sequence[float], num_steps: int, sampler: str, seed: int, last_t: float,
+        batch_size: int | None,
+    ) -> None:  # fmt: skip
+        low, high = interval
+        whole = batch_size is None or (batch_size >= BLOCK and batch_size % BLOCK == 0)
+        for name, holds, expected, found in (
+            ("guidance_scale", math.isfinite(scale), "a finite scale (1 is none)", scale),
+            ("guidance_interval", 0 <= low <= high <= 1, "times with 0 <= low <= high <= 1", tuple(interval)),
+            ("num_inference_steps", num_steps >= 1, "at least 1", num_steps),
+            ("sampler", sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}", sampler),
+            ("seed", seed >= 0, "at least 0", seed),
+            ("last_t", 0 < last_t < 1, "a time in (0, 1)", last_t),
+            ("batch_size", whole, f"a multiple of {BLOCK} (one block of images)", batch_size),
+        ):
+            if not holds:
+                raise ValueError(f"{name}: expected {expected}, found {found}")
+
+
+def class_numbers(labels: int | str | Iterable[int | str], names: Sequence[str]) -> list[int]:
+    """Classes by number. A name stands for the class whose name it is, or else for the one in whose name, which may be
+    several with commas between ("goldfish, Carassius auratus"), it is one, whatever the case of letters.
+
+    Raises:
+        ValueError: none or several classes of that name, a number out of range, or no label at all.
+    """
+    labels = [labels] if isinstance(labels, str) or not isinstance(labels, Iterable) else list(labels)
+    if not labels:
+        raise ValueError("class_labels: expected at least one class, found none")
+    return [_named(label, names) if isinstance(label, str) else _numbered(label, names) for label in labels]
+
+
+def _numbered(label: Any, names: Sequence[str]) -> int:
+    try:
+        number = operator.index(label)
+    except TypeError:
+        number = None
+    if number is None or not 0 <= number < len(names):
+        raise ValueError(f"class_labels: expected numbers from 0 to {len(names) - 1}, or names, found {label!r}")
+    return number
+
+
+def _named(label: str, names: Sequence[str]) -> int:
+    def parts(name: str) -> list[str]:
+        return [part.strip().casefold() for part in name.split(",")]
+
+    found = [number for number, name in enumerate(names) if name == label]
+    found = found or [number for number, name in enumerate(names) if name.casefold() == label.casefold()]
+    found = found or [number for number, name in enumerate(names) if label.strip().casefold() in parts(name)]
+    if len(found) > 1:
+        raise ValueError(
+            f"class_labels: expected the name of one class, found {label!r}, the name of "
+            f"{', '.join(map(str, found[:-1]))} and {found[-1]}; give the number"
+        )
+    if not found:
+        known = {part: name for name in names for part in (*parts(name), name)}
+        close = difflib.get_close_matches(label.casefold(), list(known), n=1)
+        raise ValueError(
+            f"class_labels: expected the name of a class, found {label!r}; "
+            + (f"did you mean {known[close[0]]!r}?" if close else f"the first of the {len(names)} is {names[0]!r}")
+        )
+    return found[0]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a published model, whose weights have the digest that it records.
+
+    Raises:
+        ValueError: the folder holds none, a damaged one, or one of another format.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):  # of JSON and of UTF-8, too
+        config = {}
+    config = config if isinstance(config, dict) else {}
+    if config.get("format") != FORMAT:
+        ours = (folder / "state.json").is_file() or (folder / "checkpoints").is_dir()
+        raise ValueError(
+            f"expected a published model (config.json with the format {FORMAT}, model.safetensors), found none in "
+            f"{folder}" + (f", which training wrote; publish it: python -m analysis.publish {folder}" if ours else "")
+        )
+    if config.get("format_version") != VERSION or not set(NEEDED) <= set(config):
+        missing = ", ".join(sorted(set(NEEDED) - set(config)))
+        raise ValueError(
+            f"expected a published model of version {VERSION}, found version {config.get('format_version')} in {folder}"
+            + (f", without {missing}" if missing else "; use the code of that version")
+        )
+    weights = folder / "model.safetensors"
+    if not weights.is_file() or _digest(weights) != config["weights_sha256"]:
+        raise ValueError(
+            f"expected {weights} as it was published (SHA-256 {config['weights_sha256'][:12]}...), found "
+            f"{'another' if weights.is_file() else 'none'}; fetch or publish it again"
+        )
+    return config
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a file that is not empty, as `checkpoint.file_digest`, which would bring training's code."""
+    with open(file, "rb") as opened:
+        if not file.stat().st_size:
+            return hashlib.sha256().hexdigest()
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return hashlib.sha256(content).hexdigest()
+
+
+def _fetch(path: str | Path, revision: str | None) -> Path:
+    """The folder of a model: as named, or as the hub's client keeps it."""
+    folder, name = Path(path).expanduser(), str(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(
+            f"expected the folder of a published model, or NAME/REPO on the hub, found {name!r}, "
+            f"{'a file' if folder.exists() else 'where there is nothing'}"
+        )
+    from huggingface_hub import snapshot_download
+
+    offline = not hub_answers()
+    files = ["config.json", "model.safetensors", "vae/*"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=offline))
+    except (OSError, ValueError) as error:  # the client's own errors are of these kinds
+        reason = "the hub cannot be reached" if offline else " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"expected the folder of a published model, or its name on the hub, found {name!r} ({reason}); without a "
+            f"network give a folder that was fetched before"
+        ) from error
+
+
+def _load_decoder(folder: Path, config: dict[str, Any], sit: SiT, vae: str | Path | None) -> AutoencoderKL:
+    """The model's VAE on the CPU, in float32."""
+    name = str(vae or (folder / "vae" if (folder / "vae").is_dir() else config["vae"]))
+    hint = "give from_pretrained(..., vae=FOLDER) a local copy of the VAE that the model was trained with"
+    try:
+        decoder = load_vae(name)
+    except ValueError as error:
+        raise ValueError(f"cannot load the VAE {name!r} ({error}); {hint}") from error
+    found, expected = vae_digest(decoder), config["vae_digest"]
+    if expected not in (found, UNKNOWN_VAE):
+        raise ValueError(
+            f"expected the VAE that the model was trained with ({config['vae']}, digest {expected[:12]}...), found "
+            f"another in {name} ({found[:12]}...); {hint}"
+        )
+    made = vae_factor(decoder) * sit.config.latent_size, decoder.config.latent_channels
+    if made != (config["resolution"], sit.config.in_channels):
+        raise ValueError(
+            f"expected images of side {config['resolution']} from latents of {sit.config.in_channels} channels, found "
+            f"side {made[0]} and {made[1]} channels with the VAE {name}; {hint}"
+        )
+    return decoder
+
+
+@contextmanager
+def _plain_float32() -> Iterator[None]:
+    """float32 products as sample_ddp.py has them, whatever the caller's process has set; that is put back."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
