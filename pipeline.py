@@ -7,8 +7,8 @@
 
 The images are those of `sample_ddp.py` with the same seed, labels and settings. Nothing of training is imported.
 
-No `diffusers.DiffusionPipeline` underneath: that loads each part from a subfolder by a class that diffusers itself has (or
-runs code from the hub), and steps through a scheduler. Here the SiT lies at the top of the folder, where
+No `diffusers.DiffusionPipeline` underneath: that loads each part from a subfolder by a class that diffusers itself has
+(or runs code from the hub), and steps through a scheduler. Here the SiT lies at the top of the folder, where
 `SiT.from_pretrained` finds it, and the solvers keep a float64 state and draw noise by blocks, which no scheduler does.
 
 Shape suffixes: N images, B images of a batch, R image side, C latent channels, H = W latent side.

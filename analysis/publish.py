@@ -3,9 +3,9 @@
     python -m analysis.publish exps/b2 --samples samples/b2
     python -m analysis.publish exps/b2/checkpoints/0400000 --output-dir b2 --include-vae --push-to name/vae-repa-b2
 
-The folder holds `config.json`, `model.safetensors` (the averaged weights), `README.md` (the card), `samples.png` if there
-is a picture, and `vae/` if it is asked for. `pipeline.VAEREPAPipeline` and `models.sit.SiT` load it. The same command
-writes it anew, but for a card that was changed by hand, which is kept.
+The folder holds `config.json`, `model.safetensors` (the averaged weights), `README.md` (the card), `samples.png` if the
+run has a picture, and `vae/` if it is asked for. `pipeline.VAEREPAPipeline` and `models.sit.SiT` load it. The same
+command writes it anew, but for a card that was changed by hand, which is kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ import cli
 from cli import REQUIRED, flag
 
 OURS = {"config.json", "model.safetensors", "README.md", "samples.png", "vae"}  # all that a published folder may hold
-TERMS = {"vae": ("align", "VAE-REPA"), "repa": ("repa", "REPA"), "sra": ("sra", "SRA")}  # prefix of flags, name
+TERMS = {  # prefix of the flags; name; what a block's tokens were aligned with
+    "vae": ("align", "VAE-REPA", "the clean latent of the VAE"),
+    "repa": ("repa", "REPA", "a frozen encoder's tokens of the image"),
+    "sra": ("sra", "SRA", "the tokens of a later block of the moving average"),
+}
 LISTED = 20  # classes that the card names
 
 
@@ -42,7 +46,7 @@ class PublishConfig:
     vae: str | None = flag(
         None, "hub name, local folder or file of the VAE, if not where the checkpoint says", group="what"
     )
-    output_dir: str | None = flag(None, "folder to make; by default <run>/published/<step>", group="where")
+    output_dir: str | None = flag(None, "folder to make; by default <run>/published/<run>-<step>", group="where")
     push_to: str | None = flag(None, "also upload it to the hub as NAME/REPO", group="where", metavar="NAME/REPO")
 
     def __post_init__(self):
@@ -172,7 +176,7 @@ def _belongs(path: Path, settings: dict[str, Any], info: dict[str, Any], require
             f"{'another checkpoint' if settings.get('checkpoint_digest') else 'an unknown one'}; leave them out"
         )
     # In the run's own folder another step's are welcome as a picture; the same step's must be of the same weights.
-    return same or ("step" in settings and settings["step"] != info["step"])
+    return same or (isinstance(settings.get("step"), int) and settings["step"] != info["step"])
 
 
 def describe_model(records: Records, include_vae: bool) -> dict[str, Any]:
@@ -220,14 +224,15 @@ def write_card(records: Records, name: str, include_vae: bool) -> str:
         license="apache-2.0", library_name="vae-repa", pipeline_tag="unconditional-image-generation",
         tags=[*tags, "pytorch_model_hub_mixin", "model_hub_mixin"],
     )  # fmt: skip
-    side = info["resolution"]
+    aligned = [f"{TERMS[term][2]} ({TERMS[term][1]})" for term in terms]
     lines = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {title}, step {info['step']:,}\n",
-        f"A diffusion transformer (SiT, {records.parameters / 1e6:.1f}M parameters) that draws images of {side} x {side} "
-        f"pixels of {_count(classes, 'class', 'classes')}. The weights are the moving average (EMA) after step "
-        f"{info['step']:,} of training. This card is made from the run's own records; what it does not say was not "
-        f"recorded.\n",
+        f"A diffusion transformer (SiT, {records.parameters / 1e6:.1f}M parameters) that draws images of "
+        f"{_size(info)} of {_count(classes, 'class', 'classes')}. "
+        + (f"While it was trained, tokens within it were aligned with {' and '.join(aligned)}. " if aligned else "")
+        + f"The weights are the moving average (EMA) after step {info['step']:,}.\n",
+        "This card is made from the run's own records: what it does not say was not recorded.\n",
         *_picture(records),
         "## Use\n",
         *_usage(records, name, include_vae),
@@ -238,6 +243,10 @@ def write_card(records: Records, name: str, include_vae: bool) -> str:
         *_measured(records),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _size(info: dict[str, Any]) -> str:
+    return f"{info['resolution']} x {info['resolution']} pixels"
 
 
 def _count(number: int, one: str, several: str) -> str:
@@ -285,6 +294,8 @@ def _picture(records: Records) -> list[str]:
 
 def _usage(records: Records, name: str, include_vae: bool) -> list[str]:
     """How to load and sample: Python that runs as it stands, by the settings of the picture if there is one."""
+    import provenance
+
     info, picture = records.info, records.picture
     settings = {"guidance_scale": 4.0, "sampler": "sde", "num_steps": 250} | (picture.settings if picture else {})
     classes = info["class_names"]
@@ -295,64 +306,65 @@ def _usage(records: Records, name: str, include_vae: bool) -> list[str]:
         arguments += f"last_t={settings['last_t']:g}, "
     arguments += f'num_inference_steps={settings["num_steps"]}, sampler="{settings["sampler"]}"'
     alone = not include_vae and is_local(info["vae"])
-    vae = f', vae="{info["vae"]}"' if alone else ""
-    revision = info.get("git_revision")
-    revision = f" (git revision `{revision}`)" if revision and revision != "unknown" else ""
-    named = ", ".join(f"{number} {label}" for number, label in enumerate(classes[:LISTED]))
+    quoted = json.dumps(name, ensure_ascii=False)
+    vae = f", vae={json.dumps(info['vae'], ensure_ascii=False)}" if alone else ""
+    revision = provenance.git_revision()  # of this code: the run's may be older than the pipeline
+    revision = "" if revision == "unknown" else f" (git revision `{revision}`)"
+    if classes == [str(number) for number in range(len(classes))]:
+        named = f"0 to {len(classes) - 1}" if len(classes) > 1 else "0"
+    else:
+        named = ", ".join(f"{number} = {label}" for number, label in enumerate(classes[:LISTED]))
+        named += "" if len(classes) <= LISTED else ", ...; all are in `config.json`"
     return [
-        f"Run this in a copy of the code that trained it{revision}, with its `requirements.txt` installed. "
-        f'"{name}" is this folder, or its name on the hub.'
+        f"Run this in a copy of the code that it comes from{revision}, with its `requirements.txt` installed. "
+        f"`{name}` is this folder, or its name on the hub."
         + (" The VAE is not part of this model; `vae` is where it lay when it was trained." if alone else "")
         + "\n",
         "```python",
         "from pipeline import VAEREPAPipeline",
         "",
-        f'pipe = VAEREPAPipeline.from_pretrained("{name}"{vae})',
+        f"pipe = VAEREPAPipeline.from_pretrained({quoted}{vae})",
         f"images = pipe(class_labels={list(range(min(4, len(classes))))}, {arguments}, seed=0).images",
         "for number, image in enumerate(images):",
         '    image.save(f"sample-{number}.png")',
         "```\n",
-        "Labels are numbers or names of classes"
-        + (f": {named}.\n" if len(classes) <= LISTED else f": {named}, ...; `config.json` has all.\n"),
+        f"A class is given by its number or its name: {named}.\n",
         "The network by itself, without VAE and sampler:\n",
         "```python",
         "from models.sit import SiT",
         "",
-        f'sit = SiT.from_pretrained("{name}")  # velocity = sit(x (N, C, H, W), t (N,), y (N,)); t = 1 is noise',
+        f"sit = SiT.from_pretrained({quoted})  # velocity = sit(x (N, C, H, W), t (N,), y (N,)); t = 1 is noise",
         "```\n",
     ]
 
 
 def _training(records: Records, terms: list[str], include_vae: bool) -> dict[str, str]:
     """What was trained, on what, and how, by the heads of the table's rows."""
+    from models.vae import UNKNOWN_VAE
+
     info, config, row = records.info, records.config, records.row
     rows = {"model": f"{config.get('model', 'SiT')}, {records.parameters / 1e6:.1f}M parameters"}
     rows["path"] = info["path_type"]
     rows["steps"] = f"{info['step']:,}" + (f" ({row['epoch']:.1f} epochs)" if row and "epoch" in row else "")
-    if "align" in config:
-        rows["alignment"] = config["align"] + (" (plain SiT)" if not terms else "")
-        common = {"align_beta": "beta", "align_time_range": "time range"}
-        for term in terms:
-            prefix, name = TERMS[term]
-            own = {key: value for key, value in config.items() if key.startswith(prefix + "_") and key not in common}
-            rows[name] = "; ".join(
-                f"{key.removeprefix(prefix + '_').replace('_', ' ')} "
-                f"{_short(value) if key == 'repa_weights' and value else _figure(value)}"
-                for key, value in own.items()
-            )
-        if terms:
-            rows["every alignment"] = "; ".join(
-                f"{head} {_figure(config[key])}" for key, head in common.items() if key in config
-            )
-    data = f"{Path(config['data_dir']).name}; " if "data_dir" in config else ""
-    data += (
-        f"{info['resolution']} x {info['resolution']} pixels, {_count(len(info['class_names']), 'class', 'classes')}"
-    )
-    rows["data"] = data + ("; mirrored at random" if config.get("random_flip") else "")
+    if "align" in config and not terms:
+        rows["alignment"] = "none (plain SiT)"
+    common = {"align_beta": "beta of smooth L1", "align_time_range": "times from, to"}
+    for term in terms:
+        prefix, name, _ = TERMS[term]
+        own = {key: value for key, value in config.items() if key.startswith(prefix + "_") and key not in common}
+        if own.get("repa_weights"):
+            own["repa_weights"] = _short(own["repa_weights"])
+        said = [f"{key.removeprefix(prefix + '_').replace('_', ' ')} {_figure(value)}" for key, value in own.items()]
+        rows[f"alignment: {name}"] = "; ".join(said)
+    if terms:
+        rows["every alignment"] = "; ".join(f"{head} {_figure(config.get(key))}" for key, head in common.items())
+    data = f"`{Path(config['data_dir']).name}`, " if "data_dir" in config else ""
+    data += f"{_size(info)}, {_count(len(info['class_names']), 'class', 'classes')}"
+    rows["data"] = data + (", mirrored at random" if config.get("random_flip") else "")
     scale = info["scale"]
     rows["latents"] = f"z = (f - shift) x scale; scale {_figure(scale.scale)}; shift {_figure(scale.shift)}"
-    where = "in `vae/`" if include_vae else "not included"
-    rows["VAE"] = f"`{_short(info['vae'])}` ({where}), digest `{info['vae_digest']}`"
+    name = "in `vae/`" if include_vae else f"`{_short(info['vae'])}`, not included"
+    rows["VAE"] = f"{name}; digest {'not recorded' if info['vae_digest'] == UNKNOWN_VAE else info['vae_digest']}"
     for head, keys in {
         "batch": ("batch_size",),
         "learning rate": ("learning_rate",),
@@ -369,13 +381,13 @@ def _training(records: Records, terms: list[str], include_vae: bool) -> dict[str
             rows[head] = "; ".join(said)
     if info.get("initial"):
         initial = info["initial"]
-        rows["started from"] = f"`{Path(initial['source']).name}` ({initial['read_as']}), SHA-256 `{initial['digest']}`"
+        rows["started from"] = f"`{Path(initial['source']).name}` ({initial['read_as']}), SHA-256 {initial['digest']}"
     if "versions" in info:
         rows["versions"] = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
     for head, key in (("git revision", "git_revision"), ("hardware", "machine"), ("started or last continued", "date")):
         if key in info:
             rows[head] = info[key]
-    rows["weights"] = f"SHA-256 `{info['digest']}`"
+    rows["weights"] = f"SHA-256 {info['digest']}"
     return rows
 
 
@@ -406,8 +418,13 @@ def _measured(records: Records) -> list[str]:
         said += f"; features: {features}." if features else "."
         metrics = {f"`{name}`": _figure(value) for name, value in record.get("metrics", {}).items()}
         lines += [f"{said}\n", _table(metrics, ("", "value"))]
-        lines += [f"- {' '.join(warning.split())}\n" for warning in record.get("warnings") or ()]
+        warnings = [f"- {' '.join(warning.split())}" for warning in record.get("warnings") or ()]
+        lines += ["\n".join(warnings) + "\n"] if warnings else []
     return lines or ["No metrics of samples of these weights were recorded.\n"]
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.absolute().with_name(f".{folder.absolute().name}.{kind}")
 
 
 def choose_folder(config: PublishConfig, info: dict[str, Any]) -> Path:
@@ -422,9 +439,13 @@ def choose_folder(config: PublishConfig, info: dict[str, Any]) -> Path:
     if config.output_dir:
         folder = Path(config.output_dir)
     elif source.parent.name == "checkpoints":
-        folder = source.parent.parent / "published" / source.name
+        run_dir = source.parent.parent
+        folder = run_dir / "published" / f"{run_dir.name}-{source.name}"
     else:
         folder = source.with_name(f"{source.name}-published")
+    old = _beside(folder, "old")
+    if old.is_dir():  # a process was killed while it put the new folder in the old one's place, or just after
+        shutil.rmtree(old) if folder.is_dir() else os.replace(old, folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output-dir: expected a folder, found the file {folder}; choose another")
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -438,8 +459,8 @@ def choose_folder(config: PublishConfig, info: dict[str, Any]) -> Path:
         )
     if published["weights_sha256"] != info["digest"] and _changed_card(folder):
         raise ValueError(
-            f"--output-dir: {folder} holds step {published['step']}, with a README.md that was changed by hand and would "
-            f"be wrong for step {info['step']}; choose another, or delete that README.md"
+            f"--output-dir: {folder} holds step {published['step']}, with a README.md that was changed by hand, not "
+            f"step {info['step']}; choose another, or delete that README.md"
         )
     return folder
 
@@ -470,9 +491,9 @@ def publish(config: PublishConfig) -> Path:
     kept = _changed_card(folder) if (folder / "config.json").is_file() else None
     card = write_card(records, config.push_to or folder.absolute().name, config.include_vae)
     content = describe_model(records, config.include_vae) | {"card_sha256": sha256(card.encode()).hexdigest()}
-    partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+    partial, old = _beside(folder, "partial"), _beside(folder, "old")
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
         partial.mkdir(parents=True)
         (partial / "config.json").write_text(json.dumps(content, indent=2) + "\n")
         (partial / "README.md").write_text(kept or card)
@@ -481,7 +502,6 @@ def publish(config: PublishConfig) -> Path:
             shutil.copyfile(records.picture.path, partial / "samples.png")
         if config.include_vae:
             save_vae(config.vae or info["vae"], info["vae_digest"], partial / "vae")
-        old = partial.with_name(f".{folder.absolute().name}.old")
         if folder.is_dir():
             os.replace(folder, old)
         os.replace(partial, folder)

@@ -231,7 +231,7 @@ class SiT(
 ):  # fmt: skip
     """v(y_t, t | class), float32 weights; under autocast the tokens between blocks are in the lower precision.
 
-    `save_pretrained`, `push_to_hub` and `from_pretrained` (a folder, or a name on the hub; in eval mode) keep config and
+    `save_pretrained`, `push_to_hub` and `from_pretrained` (a folder or a name on the hub; in eval mode) know config and
     weights alone. What sampling needs beside them is written by `analysis.publish` and read by `pipeline.py`.
 
     Attributes:
