@@ -1,5 +1,6 @@
 """A published model: the checkpoint's weights, a card of what the run recorded, and the images of sample_ddp.py."""
 
+import copy
 import hashlib
 import json
 import os
@@ -45,7 +46,9 @@ def make_checkpoint(folder, names=tuple(NAMES), **changes):
         "scale": LatentScale((0.9,), (0.1,)).to_dict(), "vae": str(vae), "vae_digest": vae_digest(load_vae(str(vae))),
         "resolution": 16, "class_names": list(names), "path_type": "linear",
     }  # fmt: skip
-    return checkpoints.save_checkpoint(folder / "run", 7, sit, sit, None, info | changes)
+    trained = copy.deepcopy(sit)
+    torch.nn.init.zeros_(trained.final_layer.linear.weight)  # the average is what counts
+    return checkpoints.save_checkpoint(folder / "run", 7, trained, sit, None, info | changes)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +115,8 @@ def test_the_folder_holds_the_averaged_weights_and_what_sampling_needs(checkpoin
     expected = {
         "format": "vae-repa-model", "format_version": 1, "step": 7, "path_type": "linear", "resolution": 16,
         "latent_scale": {"scale": [0.9], "shift": [0.1]}, "vae": "vae", "vae_digest": info["vae_digest"],
-        "class_names": NAMES, "weights_sha256": hashlib.sha256((published / "model.safetensors").read_bytes()).hexdigest(),
+        "class_names": NAMES,
+        "weights_sha256": hashlib.sha256((published / "model.safetensors").read_bytes()).hexdigest(),
     }  # fmt: skip
     assert expected.items() <= config.items()
     assert vae_digest(load_vae(str(published / "vae"))) == info["vae_digest"]
@@ -152,7 +156,7 @@ def test_a_run_or_its_checkpoint_gives_the_same(trained, tmp_path):
 def test_what_is_saved_is_what_is_loaded(checkpoint, published, tmp_path):
     sit, _ = checkpoints.load_sit(checkpoint)
     loaded = SiT.from_pretrained(published)
-    loaded.save_pretrained(tmp_path / "again")
+    copy.deepcopy(loaded).save_pretrained(tmp_path / "again")
     again = SiT.from_pretrained(str(tmp_path / "again"))
     for other in (loaded, again):
         assert other.config == sit.config
@@ -236,7 +240,8 @@ def test_the_card_says_what_the_run_recorded(trained):
     count -= 4 * 192  # the position table is no parameter
     expected = {
         "model": f"SiT-Ti/4, {count / 1e6:.1f}M parameters", "path": "linear", "batch": "6",
-        "steps": f"2 ({last['epoch']:.1f} epochs)", "learning rate": "0.00123", "seed": "5", "EMA decay": "0.9999", "labels dropped": "0.1",
+        "steps": f"2 ({last['epoch']:.1f} epochs)",
+        "learning rate": "0.00123", "seed": "5", "EMA decay": "0.9999", "labels dropped": "0.1",
         "data": "`store`, 32 x 32 pixels, 3 classes", "latents": "z = (f - shift) x scale; scale 0.9; shift 0.1",
         "VAE": f"in `vae/`; digest {state['vae_digest']}", "git revision": state["git_revision"],
         "hardware": state["machine"], "started or last continued": state["date"],
@@ -376,7 +381,7 @@ def test_a_damaged_checkpoint_is_refused(checkpoint, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"0000007"}
 
 
-def test_a_folder_with_other_things_is_refused_and_left_alone(checkpoint, tmp_path, capsys):
+def test_a_folder_with_other_things_is_refused_and_left_alone(checkpoint, published, tmp_path, capsys):
     for name in ("notes.txt", "README.md", "config.json"):
         folder = tmp_path / name / "out"
         folder.mkdir(parents=True)
@@ -384,6 +389,11 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(checkpoint, tmp_pa
         line = refused(capsys, checkpoint, "--output-dir", folder)
         assert f"found other things in {folder} ({name})" in line
         assert [path.name for path in folder.iterdir()] == [name]
+    shutil.copytree(published, tmp_path / "mine")
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "mine").rglob("*")}
+    assert "(notes.txt)" in refused(capsys, checkpoint, "--output-dir", tmp_path / "mine")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "mine").rglob("*")} == before
     assert "found the file" in refused(capsys, checkpoint, "--output-dir", tmp_path / "notes.txt" / "out" / "notes.txt")
 
 
