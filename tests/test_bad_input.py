@@ -13,7 +13,8 @@ PROGRAMS = {
     "train_config": "TrainConfig", "sample_config": "SampleConfig", "preprocessing.dump_latents": "DumpConfig",
     "preprocessing.import_latents": "ImportConfig", "evaluations.evaluate": "EvaluateConfig",
     "analysis.sweep": "SweepConfig", "analysis.doctor": "DoctorConfig", "demo.run": "DemoConfig",
-    "analysis.report": "ReportConfig", "analysis.compare": "CompareConfig",
+    "analysis.report": "ReportConfig", "analysis.compare": "CompareConfig", "analysis.features": "FeaturesConfig",
+    "analysis.cost": "CostConfig", "analysis.publish": "PublishConfig",
 }  # fmt: skip
 
 
