@@ -348,7 +348,7 @@ def _training(records: Records, terms: list[str], include_vae: bool) -> dict[str
     rows["steps"] = f"{info['step']:,}" + (f" ({row['epoch']:.1f} epochs)" if row and "epoch" in row else "")
     if "align" in config and not terms:
         rows["alignment"] = "none (plain SiT)"
-    common = {"align_beta": "beta of smooth L1", "align_time_range": "times from, to"}
+    common = ("align_beta", "align_time_range")
     for term in terms:
         prefix, name, _ = TERMS[term]
         own = {key: value for key, value in config.items() if key.startswith(prefix + "_") and key not in common}
@@ -357,7 +357,8 @@ def _training(records: Records, terms: list[str], include_vae: bool) -> dict[str
         said = [f"{key.removeprefix(prefix + '_').replace('_', ' ')} {_figure(value)}" for key, value in own.items()]
         rows[f"alignment: {name}"] = "; ".join(said)
     if terms:
-        rows["every alignment"] = "; ".join(f"{head} {_figure(config.get(key))}" for key, head in common.items())
+        times = " to ".join(map(_figure, config["align_time_range"]))
+        rows["every alignment"] = f"beta of smooth L1 {_figure(config['align_beta'])}; times {times}"
     data = f"`{Path(config['data_dir']).name}`, " if "data_dir" in config else ""
     data += f"{_size(info)}, {_count(len(info['class_names']), 'class', 'classes')}"
     rows["data"] = data + (", mirrored at random" if config.get("random_flip") else "")

@@ -1,6 +1,7 @@
 """A published model: the checkpoint's weights, a card of what the run recorded, and the images of sample_ddp.py."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from models.vae import LatentScale, load_vae, vae_digest
 from pipeline import VAEREPAPipeline, class_numbers
 from runlog import read_log
 from tests.stores import make_store, make_vae
+from train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["crane", "goldfish, Carassius auratus", "crane", "Tench, Tinca tinca", "3"]
@@ -298,6 +300,40 @@ def test_what_was_not_recorded_is_not_claimed(published):
     assert set(rows_of(card)) == {"model", "path", "steps", "data", "latents", "VAE", "weights"}
     for word in ("learning", "aligned", "hardware", "None", "versions"):
         assert word not in card, word
+
+
+def test_every_kind_of_alignment_and_a_start_from_elsewhere_are_told(tmp_path):
+    config = TrainConfig(
+        data_dir="/home/someone/imagenet256", model="SiT-B/2", align="repa+vae", align_depth=(2, 8), repa_depth=(4,),
+        repa_weights="/home/someone/dinov2.safetensors", align_time_range=(0.0, 0.5), random_flip=True,
+    )  # fmt: skip
+    initial = {"source": "/home/someone/SiT-XL-2.pt", "read_as": "SiT's file: time reversed", "digest": "f00d"}
+    made = make_checkpoint(tmp_path, ["cat|dog"], config=dataclasses.asdict(config), initial=initial)
+    publish.main([str(made), "--include-vae"])
+    folder = tmp_path / "run" / "published" / "run-0000007"
+    card = (folder / "README.md").read_text()
+    rows = rows_of(card)
+    assert "# SiT-B/2 + REPA + VAE-REPA, step 7\n" in card
+    assert (
+        "aligned with a frozen encoder's tokens of the image (REPA) and the clean latent of the VAE (VAE-REPA)." in card
+    )
+    assert rows["alignment: VAE-REPA"].startswith("depth 2, 8; weight 1; ")
+    assert rows["alignment: REPA"].startswith("encoder dinov2-vit-b; weights dinov2.safetensors; depth 4; weight 0.5; ")
+    assert rows["every alignment"] == "beta of smooth L1 0.05; times 0 to 0.5"
+    assert rows["started from"] == "`SiT-XL-2.pt` (SiT's file: time reversed), SHA-256 f00d"
+    assert rows["data"] == "`imagenet256`, 16 x 16 pixels, 1 class, mirrored at random"
+    assert "someone" not in card
+    assert "class-conditional" not in card
+    assert "class_labels=[0], " in card
+
+    plain = dataclasses.asdict(dataclasses.replace(config, align="none"))
+    made = make_checkpoint(tmp_path / "plain", config=plain)
+    publish.main([str(made), "--output-dir", str(tmp_path / "out"), "--include-vae"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# SiT-B/2, step 7\n" in card
+    assert rows_of(card)["alignment"] == "none (plain SiT)"
+    assert "aligned" not in card
+    assert "REPA" not in card.replace("VAEREPAPipeline", "")
 
 
 def code_of(card):
