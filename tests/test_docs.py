@@ -1,0 +1,119 @@
+"""The README and docs/: commands have flags that exist, links lead somewhere, the page on a new alignment works."""
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cli
+from tests.stores import make_store, make_vae
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = {
+    "train.py": ("train_config", "TrainConfig"), "sample_ddp.py": ("sample_config", "SampleConfig"),
+    "preprocessing/dump_latents.py": ("preprocessing.dump_latents", "DumpConfig"),
+    "preprocessing/import_latents.py": ("preprocessing.import_latents", "ImportConfig"),
+    "evaluations.evaluate": ("evaluations.evaluate", "EvaluateConfig"),
+    "analysis.sweep": ("analysis.sweep", "SweepConfig"), "analysis.doctor": ("analysis.doctor", "DoctorConfig"),
+    "analysis.cost": ("analysis.cost", "CostConfig"), "analysis.features": ("analysis.features", "FeaturesConfig"),
+    "analysis.report": ("analysis.report", "ReportConfig"), "analysis.compare": ("analysis.compare", "CompareConfig"),
+    "analysis.publish": ("analysis.publish", "PublishConfig"),
+}  # fmt: skip
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def commands(page):
+    """(program, its arguments) of each line that starts one, in blocks and in rows of tables."""
+    text = "\n".join(blocks(page, "bash")) + "\n" + "\n".join(re.findall(r"`(\$[A-Z]+ [^`]*)`", page.read_text()))
+    text = text.replace("\\\n", " ").replace("$TRAIN", "train.py").replace("$SAMPLE", "sample_ddp.py")
+    text = re.sub(r'^(TRAIN|SAMPLE)="(.*)"$', r"\2", text, flags=re.M)
+    for line in text.splitlines():
+        words = shlex.split(line.replace(" &", ""), comments=not line.startswith("#SBATCH"))
+        for place, word in enumerate(words):
+            if word in PROGRAMS:
+                yield word, words[place + 1 :]
+
+
+def all_commands():
+    return [pytest.param(*found, id=f"{page.stem}-{found[0]}") for page in PAGES for found in commands(page)]
+
+
+def test_the_pages_have_commands_of_every_program():
+    assert {parameter.values[0] for parameter in all_commands()} == set(PROGRAMS)
+    assert len(all_commands()) > 40
+
+
+@pytest.mark.parametrize("program, arguments", all_commands())
+def test_each_flag_of_each_command_exists_and_takes_its_value(program, arguments):
+    module, name = PROGRAMS[program]
+    config = getattr(importlib.import_module(module), name)
+    flags = arguments[next((place for place, word in enumerate(arguments) if word.startswith("--")), len(arguments)) :]
+    required = {field.name for field in dataclasses.fields(config) if field.default is cli.REQUIRED}
+    given = {word.lstrip("-").replace("-", "_") for word in flags if word.startswith("--")}
+    for missing in sorted(required - given):  # left out in a pattern such as $TRAIN, or given by position
+        flags += [f"--{missing.replace('_', '-')}", "x", "y"][: 3 if missing == "runs" else 2]
+    cli.parse(config, flags)
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("https://") or (page.parent / target).exists(), (page.name, target)
+
+
+def project_in(folder):
+    """A copy of the project's own files."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    names = listed.stdout.splitlines() if listed.returncode == 0 else []
+    names = names or [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    for name in names:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_page_on_a_new_alignment_works_to_the_letter(tmp_path):
+    page = ROOT / "docs" / "add-an-alignment.md"
+    project = project_in(tmp_path / "project")
+    make_store(project / "exps" / "demo" / "latents", count=64, vae=make_vae(tmp_path / "vae"))
+    method, test = blocks(page, "python")
+    assert len(method.splitlines()) <= 30
+    with open(project / "methods.py", "a") as file:
+        file.write("\n\n" + method)
+    (project / "tests" / "test_blur.py").write_text(test)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    (script,) = blocks(page, "bash")
+    for line in script.replace("\\\n", " ").splitlines():
+        words = shlex.split(line)
+        assert words[0] == "python"
+        done = subprocess.run(
+            [sys.executable, *words[1:]], cwd=project, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert "SiT-XL/2 + blur" in done.stdout
+    logs = {
+        name: [json.loads(row) for row in (project / "exps" / name / "log.jsonl").read_text().splitlines()]
+        for name in ("blur", "vae-blur")
+    }
+    assert "align_vae" not in logs["blur"][0]
+    assert {"align_blur", "align_vae"} <= logs["vae-blur"][0].keys()
+    assert logs["blur"][-1]["align_blur"] < logs["blur"][0]["align_blur"]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_blur.py"]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
