@@ -377,6 +377,8 @@ def draw_batches(
             progress.update(samples.count() - progress.n)  # those of the other processes as well
         for task in in_flight:
             task.result()
+        if drawer.stream is not None:  # what was shown to the evaluation is read elsewhere from now on
+            drawer.stream.synchronize()
         progress.update(samples.count() - progress.n)
 
 
