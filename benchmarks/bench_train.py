@@ -84,7 +84,7 @@ def training_step(folder: Path) -> None:
     )  # fmt: skip
     report(
         "train/ema", *in_turn(lambda: update_ema(plain.ema, plain.model.sit, 0.9999), plain.average, 20), ">= 1.5 x",
-        model="SiT-S/2", held_by="memory: one pass reads two tensors and writes one, two passes read three and write two",
+        model="SiT-S/2", held_by="memory, which both are bound by: three passes over tensors against five",
     )  # fmt: skip
     f_sit, f_vae, t = torch.randn(256, 256, 16), torch.randn(256, 256, 16), torch.rand(256)
     alignment = Alignment()
