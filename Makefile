@@ -11,8 +11,8 @@ demo: .venv/installed
 test: .venv/installed-dev lint
 	$(PYTEST)
 
-check: .venv/installed-dev lint ## lint and the fast tests
-	$(PYTEST) -m "not slow"
+check: .venv/installed-dev lint ## lint and the fast tests, file by file on two cores
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n 2 --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -213,6 +213,7 @@ def test_a_damaged_file_is_named(tmp_path):
             load_sit(path)
 
 
+@pytest.mark.slow
 def test_samples_come_straight_from_a_sit_file(tmp_path):
     vae = make_vae(tmp_path / "vae")
     args = argparse.Namespace(path_type="Linear", image_size=32)

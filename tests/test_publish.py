@@ -340,6 +340,7 @@ def code_of(card):
     return re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_cards_code_runs_as_it_stands(trained, tmp_path):
     """In the folder that the model lies in, whose name is what the card loads."""
     folder = trained / "published" / "digits-0000002"
