@@ -59,7 +59,7 @@ def test_a_wrong_value_is_one_line_and_code_2(config, name, values, capsys, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("config", {config for config, _, _ in CASES}, ids=lambda config: config.__name__)
+@pytest.mark.parametrize("config", dict.fromkeys(config for config, _, _ in CASES), ids=lambda config: config.__name__)
 def test_an_unknown_flag_is_named_with_the_nearest(config, capsys):
     known = dataclasses.fields(config)[-1].name.replace("_", "-")
     with pytest.raises(SystemExit) as stop:
