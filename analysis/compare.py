@@ -37,6 +37,7 @@ from analysis.runs import (
     recipe_words,
 )
 from cli import REQUIRED, flag
+from seeding import BLOCK
 
 # torch and what imports it is imported where it is used, so that --help does not wait for it.
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
     from models.sit import SiT
 
-BLOCK = 16  # images that share a generator, as in sample_ddp.py: image i has the noise of its image i
 MOST_STEPS = 4  # checkpoints that are drawn unless --steps says which
 MOST_CLASSES = 8
 MOST_POINTS = 2000  # of a curve of the log in compare.json
@@ -205,25 +205,20 @@ def draw_images(
 
     from interpolant import Interpolant
     from models.vae import decode_images
-    from samplers import guided_velocity, sample_ode, sample_sde
-    from seeding import block_generator
+    from samplers import block_noise, guided_velocity, solve
 
     lower = torch.bfloat16 if (config.mixed_precision or _usual_precision(device)) == "bf16" else None
-    shape = (BLOCK, sit.config.in_channels, sit.config.latent_size, sit.config.latent_size)
+    shape = (sit.config.in_channels, sit.config.latent_size, sit.config.latent_size)
     images = []
-    for block, first in enumerate(range(0, len(labels), BLOCK)):
+    for first in range(0, len(labels), BLOCK):
         y = torch.tensor(labels[first : first + BLOCK], device=device)  # (B,)
-        generator = block_generator(config.seed, block, "sample noise", device)
-
-        def noise(step: int = -1, generator=generator, count: int = len(y)) -> Tensor:  # -> (B, C, H, W)
-            return torch.randn(shape, generator=generator, device=device)[:count]
-
+        whole_block = block_noise(config.seed, first, BLOCK, shape, device)
         velocity = guided_velocity(sit, y, sit.config.num_classes, config.guidance_scale, (0.0, 1.0), lower)
-        x = noise()
-        if config.sampler == "sde":
-            z = sample_sde(velocity, x, config.num_steps, noise, Interpolant(info["path_type"]))
-        else:
-            z = sample_ode(velocity, x, config.num_steps, heun=config.sampler == "ode-heun")
+        interpolant = Interpolant(info["path_type"])
+        z = solve(
+            config.sampler, velocity, lambda step=-1, draw=whole_block, count=len(y): draw(step)[:count],
+            config.num_steps, interpolant, last_t=0.04,
+        )  # fmt: skip
         if not z.isfinite().all():
             raise ValueError(
                 f"expected finite samples, found some that are not from {info['source']}; fix: --mixed-precision no, "

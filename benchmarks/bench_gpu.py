@@ -124,7 +124,7 @@ def at_batch(run: train.Run, size: int) -> train.Run:
 
 def without_head(run: train.Run) -> train.Run:
     """The same network without what is beside it."""
-    model = AlignedSiT(run.sit, {})
+    model = run.accelerator.prepare(AlignedSiT(run.sit, {}))  # which also sets its precision
     optimizer = run.accelerator.prepare_optimizer(
         make_optimizer(run.config, model.parameters()), device_placement=False
     )
@@ -158,8 +158,10 @@ def training(bench: Bench, data: Path, folder: Path, model: str) -> None:
     forward = forward_multiply_adds(model, config.latent_size)
     peak = bench.results.get("peak/bf16_matmul", {}).get("tflops")
     for head, align in HEADS.items():
-        with trainer(data, folder, model, align=align, exp_name=f"plain-{head}", compile=False) as run:
-            loop = PlainLoop(run.model)
+        with trainer(
+            data, folder, model, align=align, exp_name=f"plain-{head}", compile=False, mixed_precision="no"
+        ) as run:
+            loop = PlainLoop(run.model)  # sets its precision itself
         del run
         for size in config.batches:
             batch = batch_of(size, config.latent_size, device)
