@@ -12,6 +12,7 @@ Shape suffixes: N images, R image side, C latent channels, H = W latent side.
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -19,7 +20,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,6 @@ from analysis.runs import (
     recipe_words,
 )
 from cli import REQUIRED, flag
-from seeding import BLOCK
 
 # torch and what imports it is imported where it is used, so that --help does not wait for it.
 if TYPE_CHECKING:
@@ -206,19 +206,17 @@ def draw_images(
     from interpolant import Interpolant
     from models.vae import decode_images
     from samplers import block_noise, guided_velocity, solve
+    from seeding import BLOCK
 
     lower = torch.bfloat16 if (config.mixed_precision or _usual_precision(device)) == "bf16" else None
     shape = (sit.config.in_channels, sit.config.latent_size, sit.config.latent_size)
     images = []
     for first in range(0, len(labels), BLOCK):
         y = torch.tensor(labels[first : first + BLOCK], device=device)  # (B,)
-        whole_block = block_noise(config.seed, first, BLOCK, shape, device)
+        draw = block_noise(config.seed, first, BLOCK, shape, device)
+        noise = functools.partial(_first_of, draw, len(y))
         velocity = guided_velocity(sit, y, sit.config.num_classes, config.guidance_scale, (0.0, 1.0), lower)
-        interpolant = Interpolant(info["path_type"])
-        z = solve(
-            config.sampler, velocity, lambda step=-1, draw=whole_block, count=len(y): draw(step)[:count],
-            config.num_steps, interpolant, last_t=0.04,
-        )  # fmt: skip
+        z = solve(config.sampler, velocity, noise, config.num_steps, Interpolant(info["path_type"]), last_t=0.04)
         if not z.isfinite().all():
             raise ValueError(
                 f"expected finite samples, found some that are not from {info['source']}; fix: --mixed-precision no, "
@@ -226,6 +224,10 @@ def draw_images(
             )
         images.append(decode_images(vae, z.float(), info["scale"]).cpu())
     return torch.cat(images)
+
+
+def _first_of(draw: Callable[..., Tensor], count: int, step: int = -1) -> Tensor:  # -> (count, C, H, W)
+    return draw(step)[:count]
 
 
 def _usual_precision(device: torch.device) -> str:

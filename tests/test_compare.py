@@ -88,7 +88,6 @@ def test_images_are_those_of_the_samplers_called_directly(sampler, vae, tmp_path
 
 def test_images_are_those_of_sample_ddp_with_the_same_labels(vae, tmp_path):
     """Image by image, over more than one block; another batch changes rounding alone."""
-    assert compare.BLOCK == sample_ddp.BLOCK
     run = make_run(tmp_path / "run", vae)
     flags = ["--num-samples=20", "--num-steps=3", "--guidance-scale=2.5", "--seed=7", "--per-proc-batch-size=32"]
     sample_ddp.main([f"--checkpoint={run}", f"--output-dir={tmp_path / 'out'}", "--sampler=sde", *flags])
