@@ -151,13 +151,12 @@ def measure(config: CostConfig, model: str, align: str, folder: Path) -> dict[st
     from methods import Batch
 
     size = config.batch_size
-    data = random_store(folder / "store", config.latent_size, count=size, images=True)
-    extra = {} if config.num_classes == 1000 else {"num_classes": config.num_classes}
+    data = random_store(folder / "store", config.latent_size, count=size, images=True, classes=config.num_classes)
     repa = {"repa_encoder": config.repa_encoder, "repa_weights": "random"}
     name = f"{model}-{align}".replace("/", "-")
-    with trainer(data, folder, model, align=align, exp_name=name, batch_size=size, **repa, **extra) as run:
+    with trainer(data, folder, model, align=align, exp_name=name, batch_size=size, **repa) as run:
         device = run.accelerator.device
-        batch = batch_of(size, config.latent_size, device)
+        batch = batch_of(size, config.latent_size, device, config.num_classes)
         if "repa" in run.methods:
             shape = (size, 8 * config.latent_size, 8 * config.latent_size, 3)
             batch["image"] = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)

@@ -66,7 +66,7 @@ def trainer(data: Path, folder: Path, model: str, **changes: Any) -> Iterator[tr
         torch._dynamo.reset()
 
 
-def random_store(folder: Path, size: int, count: int = 2048, images: bool = False) -> Path:
+def random_store(folder: Path, size: int, count: int = 2048, images: bool = False, classes: int = 1000) -> Path:
     """Random latents (and crops), since arithmetic on zeros is faster than on numbers."""
     if (folder / "meta.json").is_file():
         return folder
@@ -80,17 +80,17 @@ def random_store(folder: Path, size: int, count: int = 2048, images: bool = Fals
         arrays["images"] = pixels.numpy()
     writer = LatentStoreWriter(folder, {}, shapes, "float32")
     shard = writer.shard(0)
-    shard.append(count, arrays, [i % 1000 for i in range(count)], [f"{i}" for i in range(count)])
+    shard.append(count, arrays, [i % classes for i in range(count)], [f"{i}" for i in range(count)])
     shard.close()
     writer.finish(1, {
         "vae": "none", "vae_digest": "none", "scale": [1.0], "shift": [0.0], "scale_source": "config",
-        "resolution": 8 * size, "crop": "none", "class_names": [f"{k}" for k in range(1000)], "settings": {},
+        "resolution": 8 * size, "crop": "none", "class_names": [f"{k}" for k in range(classes)], "settings": {},
     })  # fmt: skip
     return folder
 
 
-def batch_of(size: int, latent_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+def batch_of(size: int, latent_size: int, device: torch.device, classes: int = 1000) -> dict[str, torch.Tensor]:
     generator = torch.Generator(device).manual_seed(1)
     moments = torch.randn(size, 8, latent_size, latent_size, generator=generator, device=device)
     moments[:, 4:] = 0.1 * moments[:, 4:].abs()
-    return {"moments": moments, "label": torch.arange(size, device=device) % 1000}
+    return {"moments": moments, "label": torch.arange(size, device=device) % classes}

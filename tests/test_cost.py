@@ -104,7 +104,8 @@ def test_a_measured_size_stands_on_its_own_rate_and_others_on_arithmetic():
 def test_every_method_is_measured_and_written_down(tmp_path, capsys):
     cost.main([
         "--model", "SiT-Ti/4", "--latent-size", "8", "--batch-size", "4", "--steps", "2", "--repa-encoder",
-        "vit_tiny_patch16_224", "--output-dir", str(tmp_path), "--align", "none", "repa", "sra", "vae",
+        "vit_tiny_patch16_224", "--num-classes", "7", "--output-dir", str(tmp_path),
+        "--align", "none", "repa", "sra", "vae",
     ])  # fmt: skip
     content = json.loads((tmp_path / "cost.json").read_text())
     assert [row["align"] for row in content["rows"]] == ["none", "repa", "sra", "vae"]
