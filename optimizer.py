@@ -57,3 +57,9 @@ def settle(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for parameter, values in own.state.items():
         # The fused kernel counts steps where it computes; a divided state comes with its counts on the host.
         values["step"] = values["step"].to(parameter.device)
+
+
+def let_go(optimizer: torch.optim.Optimizer) -> None:
+    """Give up the group of processes; before it is destroyed. One that is held to the end aborts the process at times."""
+    if own_share(optimizer) is not optimizer:
+        optimizer.process_group = None

@@ -45,7 +45,7 @@ from methods import METHODS, Batch, Context, Method, chosen
 from models.aligned import AlignedSiT
 from models.sit import SiT, SiTConfig
 from models.vae import UNKNOWN_VAE, LatentScale, decode_images, load_vae, vae_digest
-from optimizer import gather_state, make_optimizer, refuse_if, settle
+from optimizer import gather_state, let_go, make_optimizer, refuse_if, settle
 from preemption import StopRequest, exit_code, ignore_signals
 from runlog import RunLog
 from samplers import guided_velocity, sample_ode
@@ -395,6 +395,7 @@ def fit(run: Run, start: int, loader: DataLoader, log: RunLog, vae: torch.nn.Mod
     if profile:
         profile.stop()
     stop.close()
+    let_go(run.optimizer.optimizer)
     run.writer.finish()
     if main_process:
         refresh_report(config)  # once more, with the last checkpoint

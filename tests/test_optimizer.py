@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimizer import gather_state, make_optimizer, own_share, refuse_if, settle
+from optimizer import gather_state, let_go, make_optimizer, own_share, refuse_if, settle
 from train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +84,8 @@ def divided(folder: Path) -> None:
     resumed = all(map(torch.equal, again.parameters(), plain.parameters()))
     total = sum(parameter.numel() for parameter in model.parameters())
     torch.save({"equal": equal, "resumed": resumed, "share": share, "total": total}, folder / f"{rank}.pt")
+    let_go(optimizer)
+    let_go(continued)
     torch.distributed.destroy_process_group()
 
 
