@@ -60,6 +60,6 @@ def settle(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
 
 
 def let_go(optimizer: torch.optim.Optimizer) -> None:
-    """Give up the group of processes; before it is destroyed. One that is held to the end aborts the process at times."""
+    """Give up the group of processes before it is destroyed: held until Python ends, it aborts the process at times."""
     if own_share(optimizer) is not optimizer:
         optimizer.process_group = None
