@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from interpolant import Interpolant, at_least_float32
+from diffusion.interpolant import Interpolant, at_least_float32
 
 
 def _smooth_l1(f: Tensor, target: Tensor, beta: float) -> Tensor:  # (N, T, D), (N, T, D) -> (N,)

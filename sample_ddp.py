@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cli
-from sample_config import CPU_BATCH, LARGEST_BATCH, NEIGHBOURS, Guidance, SampleConfig
-from seeding import BLOCK
-from transfer import start_copy
+from runtime import cli
+from runtime.distributed import barrier, choose_device, copy_to_host_async, run_on_rank0
+from runtime.seeding import BLOCK
+from sampling.config import CPU_BATCH, LARGEST_BATCH, NEIGHBOURS, Guidance, SampleConfig
 
 # torch and what imports it is imported where it is used, so that --help does not wait for it.
 if TYPE_CHECKING:
@@ -38,9 +37,9 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from torch import Tensor
 
-    from evaluations.measures import Evaluation
+    from evaluations.evaluator import Evaluation
     from models.sit import SiT
-    from sample_folder import UnfinishedSamples
+    from sampling.writer import SampleWriter
 
 
 def draw_labels(rule: str, classes: np.ndarray, seed: int, first: int, count: int) -> np.ndarray:  # (K,) -> (count,)
@@ -51,7 +50,7 @@ def draw_labels(rule: str, classes: np.ndarray, seed: int, first: int, count: in
     """
     import numpy as np
 
-    from seeding import numpy_generator
+    from runtime.seeding import numpy_generator
 
     K = len(classes)
     period = K if rule == "balanced" else BLOCK
@@ -132,27 +131,6 @@ def default_folder(info: dict[str, Any], settings: dict[str, Any]) -> Path:
     return run_dir / "samples" / f"{name}-seed{settings['seed']}-n{settings['num_samples']}"
 
 
-def choose_device(name: str | None) -> torch.device:
-    """This process's device.
-
-    Raises:
-        ValueError: a GPU is asked for, and there is none for this process.
-    """
-    import torch
-
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cpu":
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"expected a GPU for each process, found {torch.cuda.device_count()} on this machine and process "
-            f"{local_rank}, counted from 0; start fewer processes, or give --device cpu"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
 def load_decoder(name: str, settings: dict[str, Any], device: torch.device) -> AutoencoderKL:
     """The checkpoint's VAE.
 
@@ -183,7 +161,7 @@ def load_decoder(name: str, settings: dict[str, Any], device: torch.device) -> A
 
 
 @dataclass
-class Drawer:
+class SampleGenerator:
     """Draws batches: what they depend on, on one device. On a GPU they are decoded in a stream of its own."""
 
     settings: dict[str, Any]
@@ -201,8 +179,8 @@ class Drawer:
         """Batch number `batch` at t = 0."""
         import torch
 
-        from interpolant import Interpolant
-        from samplers import block_noise, guided_velocity, solve
+        from diffusion.interpolant import Interpolant
+        from diffusion.samplers import block_noise, guided_velocity, solve
 
         settings, size = self.settings, self.settings["batch_size"]
         y = torch.from_numpy(self.labels(batch * size, size)).to(self.device)
@@ -230,7 +208,7 @@ class Drawer:
         return torch.cat(images), finite
 
     @contextmanager
-    def aside(self, *tensors: Tensor) -> Iterator[None]:
+    def on_side_stream(self, *tensors: Tensor) -> Iterator[None]:
         """On a GPU: what is started here, on tensors that are being computed, does not hold up the next batch."""
         import torch
 
@@ -244,19 +222,19 @@ class Drawer:
             tensor.record_stream(self.stream)
 
 
-def whole_blocks(images: int) -> int:
+def round_up_to_block(images: int) -> int:
     """As many images or a few more: batches are whole even at the end, so that an image always has the same company."""
     return -(-images // BLOCK) * BLOCK
 
 
-def known_batch_size(config: SampleConfig, folder: Path, device: torch.device) -> int | None:
+def configured_batch_size(config: SampleConfig, folder: Path, device: torch.device) -> int | None:
     """Images per batch: as the flag says, or by `auto` what the folder was begun with; None if that is to be tried."""
-    import sample_folder
+    from sampling import writer as sample_folder
 
     if config.per_proc_batch_size != "auto":
-        return min(int(config.per_proc_batch_size), whole_blocks(config.num_samples))
+        return min(int(config.per_proc_batch_size), round_up_to_block(config.num_samples))
     begun = sample_folder.batch_size_of(folder)
-    on_cpu = min(CPU_BATCH, whole_blocks(config.num_samples)) if device.type == "cpu" else None
+    on_cpu = min(CPU_BATCH, round_up_to_block(config.num_samples)) if device.type == "cpu" else None
     return on_cpu if begun is None else begun
 
 
@@ -266,7 +244,7 @@ def largest_batch_size(fits: Callable[[int], bool], share: int) -> int:
     Raises:
         ValueError: there is no memory for a single block.
     """
-    for size in range(min(LARGEST_BATCH, whole_blocks(share)), 0, -BLOCK):
+    for size in range(min(LARGEST_BATCH, round_up_to_block(share)), 0, -BLOCK):
         if fits(size):
             return size
     raise ValueError(
@@ -275,7 +253,7 @@ def largest_batch_size(fits: Callable[[int], bool], share: int) -> int:
     )
 
 
-def fits_on_gpu(drawer: Drawer, size: int) -> bool:
+def fits_on_gpu(drawer: SampleGenerator, size: int) -> bool:
     """Whether a guided evaluation of the network and the decoder leave a tenth of the memory free."""
     import torch
 
@@ -293,7 +271,7 @@ def fits_on_gpu(drawer: Drawer, size: int) -> bool:
         torch.cuda.empty_cache()
 
 
-def store_batch(samples: UnfinishedSamples, batch: int, wait: Callable[[], list[np.ndarray]]) -> None:
+def store_batch(samples: SampleWriter, batch: int, wait: Callable[[], list[np.ndarray]]) -> None:
     """Wait for a batch to reach the host, look at it, and write it.
 
     Raises:
@@ -312,8 +290,8 @@ def store_batch(samples: UnfinishedSamples, batch: int, wait: Callable[[], list[
 
 def start_evaluation(config: SampleConfig, vae_name: str, settings: dict[str, Any], device: torch.device) -> Evaluation:
     """What the samples are shown to as they are drawn. The reference is measured here, before any of them."""
+    from evaluations.evaluator import Evaluation, Settings
     from evaluations.images import open_images
-    from evaluations.measures import Evaluation, Settings
     from evaluations.networks import load_network
 
     open_images(config.evaluate)  # refused before a network is loaded
@@ -326,7 +304,7 @@ def describe_metrics(evaluation: Evaluation, figures: dict[str, float], labels: 
     """What metrics.json holds beside the record of sampling."""
     import dataclasses
 
-    from evaluations.measures import METRICS, warnings_about
+    from evaluations.evaluator import METRICS, warnings_about
 
     kinds = {METRICS[name][metric][0] for name in evaluation.networks for metric in evaluation.names}
     reference = evaluation.source
@@ -346,7 +324,7 @@ def describe_metrics(evaluation: Evaluation, figures: dict[str, float], labels: 
     }
 
 
-def show_to(evaluation: Evaluation, samples: UnfinishedSamples, batch: int, images: Tensor | np.ndarray) -> None:
+def update_evaluation(evaluation: Evaluation, samples: SampleWriter, batch: int, images: Tensor | np.ndarray) -> None:
     """Add a batch (B, R, R, 3) uint8 to what is measured, but for images that come after the last one."""
     first = batch * samples.batch_size
     images = images[: samples.num_samples - first]
@@ -354,7 +332,11 @@ def show_to(evaluation: Evaluation, samples: UnfinishedSamples, batch: int, imag
 
 
 def draw_batches(
-    drawer: Drawer, samples: UnfinishedSamples, batches: list[int], evaluation: Evaluation | None, show_progress: bool
+    drawer: SampleGenerator,
+    samples: SampleWriter,
+    batches: list[int],
+    evaluation: Evaluation | None,
+    show_progress: bool,
 ) -> None:
     """Draw these batches and write them; a thread writes one while the device draws the next."""
     from tqdm import tqdm
@@ -367,11 +349,11 @@ def draw_batches(
         in_flight: deque = deque()
         for batch in batches:
             z = drawer.latents(batch)
-            with drawer.aside(z):
+            with drawer.on_side_stream(z):
                 images, finite = drawer.decode(z)
-                in_flight.append(writer.submit(store_batch, samples, batch, start_copy(images, finite)))
+                in_flight.append(writer.submit(store_batch, samples, batch, copy_to_host_async(images, finite)))
                 if evaluation:
-                    show_to(evaluation, samples, batch, images)
+                    update_evaluation(evaluation, samples, batch, images)
             if len(in_flight) > 1:
                 in_flight.popleft().result()
             progress.update(samples.count() - progress.n)  # those of the other processes as well
@@ -380,44 +362,6 @@ def draw_batches(
         if drawer.stream is not None:  # what was shown to the evaluation is read elsewhere from now on
             drawer.stream.synchronize()
         progress.update(samples.count() - progress.n)
-
-
-def on_first(compute: Callable[[], Any]) -> Any:
-    """What `compute` gives on process 0, on every process. An error is raised there; the others end quietly."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return compute()
-    message: list = [None, None]  # result, error
-    try:
-        if dist.get_rank() == 0:
-            message[0] = compute()
-    except Exception as error:
-        message[1] = str(error) or repr(error)
-        raise
-    finally:
-        dist.broadcast_object_list(message)
-    if message[1] is not None:
-        sys.exit(2)
-    return message[0]
-
-
-def wait_for_all() -> None:
-    """Return when every process is here.
-
-    Raises:
-        ValueError: one of them has failed.
-    """
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return
-    try:
-        dist.barrier()
-    except RuntimeError as error:  # gloo: the connection was closed
-        raise ValueError(
-            "another process failed (see its message); the same command goes on with what is done"
-        ) from error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -440,7 +384,7 @@ def sample(config: SampleConfig, rank: int, processes: int) -> None:
     """Draw each set of samples that is asked for, as process `rank` of `processes`."""
     import torch
 
-    import sample_folder
+    from sampling import writer as sample_folder
 
     device = choose_device(config.device)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
@@ -454,8 +398,8 @@ def sample(config: SampleConfig, rank: int, processes: int) -> None:
         for guidance in config.guidances():
             settings = describe(config, guidance, sit, info, device)
             folder = choose_folder(config, info, settings)
-            settings["batch_size"] = known_batch_size(config, folder, device)
-            if on_first(lambda folder=folder, settings=settings: sample_folder.is_complete(folder, settings)):
+            settings["batch_size"] = configured_batch_size(config, folder, device)
+            if run_on_rank0(lambda folder=folder, settings=settings: sample_folder.is_complete(folder, settings)):
                 report_complete(config, folder, settings, rank)
                 continue
             if vae is None:
@@ -465,17 +409,17 @@ def sample(config: SampleConfig, rank: int, processes: int) -> None:
                     for block in sit.blocks:
                         block.compile(fullgraph=True, dynamic=False)
             stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-            drawer = Drawer(settings, sit, vae, info, classes, device, stream)
+            drawer = SampleGenerator(settings, sit, vae, info, classes, device, stream)
             if settings["batch_size"] is None:
-                settings["batch_size"] = agreed_batch_size(drawer, processes)
+                settings["batch_size"] = find_batch_size(drawer, processes)
             if config.evaluate and evaluation is None:
                 evaluation = start_evaluation(config, vae_name, settings, device)
             elif evaluation:
-                evaluation.begin_again()
+                evaluation.reset()
             draw_set(drawer, folder, vae_name, evaluation, rank, processes)
 
 
-def agreed_batch_size(drawer: Drawer, processes: int) -> int:
+def find_batch_size(drawer: SampleGenerator, processes: int) -> int:
     """The largest batch that fits on every process's GPU."""
     import torch
 
@@ -501,7 +445,7 @@ def report_complete(config: SampleConfig, folder: Path, settings: dict[str, Any]
     Raises:
         ValueError: metrics are asked for, and the samples were drawn without.
     """
-    import sample_folder
+    from sampling import writer as sample_folder
 
     if rank == 0:
         sample_folder.remove_partial(folder)
@@ -511,27 +455,27 @@ def report_complete(config: SampleConfig, folder: Path, settings: dict[str, Any]
 
 
 def draw_set(
-    drawer: Drawer, folder: Path, vae_name: str, evaluation: Evaluation | None, rank: int, processes: int
+    drawer: SampleGenerator, folder: Path, vae_name: str, evaluation: Evaluation | None, rank: int, processes: int
 ) -> None:
     """Draw what is missing of one set of samples; process 0 makes the folder whole."""
     import torch
 
-    import provenance
-    import sample_folder
+    from runtime import provenance
+    from sampling import writer as sample_folder
 
     settings, info, device = drawer.settings, drawer.info, drawer.device
-    on_first(lambda: sample_folder.create(folder, settings))
-    samples = sample_folder.UnfinishedSamples(folder, settings)
+    run_on_rank0(lambda: sample_folder.create(folder, settings))
+    samples = sample_folder.SampleWriter(folder, settings)
     if rank == 0:
         print(f"{info['source']} ({info['read_as']}) -> {folder}", flush=True)
     begin, before = time.perf_counter(), samples.count()
     # Process 0's view of what is missing: another's may already have changed when a slow one looks.
-    missing = on_first(lambda: [batch for batch, done in enumerate(samples.done()) if not done])
+    missing = run_on_rank0(lambda: [batch for batch, done in enumerate(samples.done()) if not done])
     if evaluation:
         for batch in sorted(set(range(samples.num_batches)) - set(missing))[rank::processes]:
-            show_to(evaluation, samples, batch, samples.read(batch))
+            update_evaluation(evaluation, samples, batch, samples.read(batch))
     draw_batches(drawer, samples, missing[rank::processes], evaluation, show_progress=rank == 0)
-    wait_for_all()
+    barrier()
     figures = evaluation.finish() if evaluation else None
     if rank == 0:
         seconds, drawn = time.perf_counter() - begin, settings["num_samples"] - before
@@ -561,7 +505,7 @@ def load_model(config: SampleConfig, checkpoint: str, rank: int) -> tuple[SiT, d
     Raises:
         ValueError: it does not tell enough, or has not the classes.
     """
-    from checkpoint import load_sit
+    from models.load import load_sit
     from models.vae import UNKNOWN_VAE, load_vae, vae_digest
 
     sit, info = load_sit(checkpoint)

@@ -32,25 +32,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import checkpoint
-import cli
-import provenance
-from analysis.page import write_report
+from alignment.registry import METHODS, AlignmentContext, Batch, Method, parse_align
 from dataset import LatentDataset, StepSampler
-from ema import MovingAverage
-from guard import StepGuard
-from interpolant import Interpolant
+from diffusion.interpolant import Interpolant
+from diffusion.samplers import guided_velocity, sample_ode
 from loss import Alignment, training_loss
-from methods import METHODS, Batch, Context, Method, chosen
+from models import load
 from models.aligned import AlignedSiT
 from models.sit import SiT, SiTConfig
 from models.vae import UNKNOWN_VAE, LatentScale, decode_images, load_vae, vae_digest
-from optimizer import gather_state, let_go, make_optimizer, refuse_if, settle
-from preemption import StopRequest, exit_code, ignore_signals
-from runlog import RunLog
-from samplers import guided_velocity, sample_ode
-from seeding import block_generator, numpy_generator, step_generator
-from train_config import CHANGEABLE_ON_RESUME, FREE_ON_RESUME, TrainConfig, resolve
+from reporting.log import RunLog
+from reporting.page import write_report
+from runtime import cli, provenance
+from runtime.files import sha256
+from runtime.seeding import block_generator, numpy_generator, step_generator
+from training import checkpoint
+from training.config import CHANGEABLE_ON_RESUME, FREE_ON_RESUME, TrainConfig, resolve
+from training.ema import MovingAverage
+from training.nonfinite import StepGuard
+from training.optimizer import consolidate_state, fix_loaded_state, make_optimizer, release_process_group, skip_step_if
+from training.preemption import StopRequest, exit_code, ignore_signals
 
 
 def build(config: TrainConfig, store: LatentDataset, source: tuple[SiT, dict] | None) -> tuple[SiT, SiT]:
@@ -62,11 +63,11 @@ def build(config: TrainConfig, store: LatentDataset, source: tuple[SiT, dict] | 
     torch.manual_seed(config.seed)
     sit = SiT(SiTConfig.from_name(config.model, height, channels, config.num_classes))
     if source is not None:
-        take_weights(config, sit, *source, store.scale)
+        load_init_weights(config, sit, *source, store.scale)
     return sit, copy.deepcopy(sit).eval().requires_grad_(False)
 
 
-def take_weights(config: TrainConfig, sit: SiT, source: SiT, info: dict, scale: LatentScale) -> None:
+def load_init_weights(config: TrainConfig, sit: SiT, source: SiT, info: dict, scale: LatentScale) -> None:
     """Put the weights of `--init-from` into a new SiT. Its label table stays new where the classes are others.
 
     Raises:
@@ -129,7 +130,7 @@ class Run:
         }
 
 
-def draw(config: TrainConfig, step: int, sit: SiTConfig, device: torch.device) -> dict[str, Tensor]:
+def step_noise(config: TrainConfig, step: int, sit: SiTConfig, device: torch.device) -> dict[str, Tensor]:
     """The random numbers of a step, for the whole global batch B, by purpose.
 
     "posterior" and "noise" (B, C, H, W) normal; "time" (B,) uniform; "dropout" (B,) bool, the labels to drop; and where
@@ -138,7 +139,7 @@ def draw(config: TrainConfig, step: int, sit: SiTConfig, device: torch.device) -
     B, latent_shape = config.batch_size, (sit.in_channels, sit.latent_size, sit.latent_size)
     normal, uniform = functools.partial(torch.randn, B, *latent_shape), functools.partial(torch.rand, B)
     kinds = {"posterior": normal, "noise": normal, "time": uniform, "dropout": uniform}
-    kinds |= {"lag": uniform} if "sra" in chosen(config.align) else {}
+    kinds |= {"lag": uniform} if "sra" in parse_align(config.align) else {}
     draws = {
         purpose: kind(generator=step_generator(config.seed, step, purpose, device), device=device)
         for purpose, kind in kinds.items()
@@ -159,7 +160,7 @@ def make_targets(run: Run, batch: Batch, alignments: dict[str, Alignment]) -> di
 def train_step(run: Run, step: int, micro_batches: list[dict[str, Tensor]]) -> None:
     """Optimizer step number `step`, from 0, unless the guard refuses it. The guard keeps what was measured, unread."""
     config, accelerator, sit = run.config, run.accelerator, run.sit
-    draws, alignments, losses = draw(config, step, sit.config, accelerator.device), run.alignments(step), []
+    draws, alignments, losses = step_noise(config, step, sit.config, accelerator.device), run.alignments(step), []
     for index, data in enumerate(micro_batches):
         first = (index * accelerator.num_processes + accelerator.process_index) * len(data["label"])
         own = {purpose: numbers[first : first + len(data["label"])] for purpose, numbers in draws.items()}
@@ -175,7 +176,7 @@ def train_step(run: Run, step: int, micro_batches: list[dict[str, Tensor]]) -> N
         losses.append(torch.stack(list(terms.values())).detach())
     gradient_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
     values = torch.cat([torch.stack(losses).mean(dim=0), gradient_norm.detach().reshape(1)])
-    apply_step(run, refused=run.guard.judge(step, values))
+    apply_step(run, refused=run.guard.check(step, values))
     run.average.update()
 
 
@@ -183,7 +184,7 @@ def apply_step(run: Run, refused: Tensor) -> None:
     """The optimizer's step; where `refused` () is 1 it does nothing, moments included."""
     optimizer, scaler = run.optimizer.optimizer, run.accelerator.scaler
     if scaler is None:
-        refuse_if(optimizer, refused)
+        skip_step_if(optimizer, refused)
     else:  # float16's scaler has such a number of its own, for gradients that overflow
         for found in scaler._found_inf_per_device(optimizer).values():
             found.copy_(torch.maximum(found, refused))
@@ -206,7 +207,7 @@ def sample_grid(run: Run, vae: torch.nn.Module) -> Tensor:  # -> (count, R, R, 3
     return decode_images(vae, z.float(), run.scale)
 
 
-def report_grid(run: Run, vae: torch.nn.Module, step: int) -> None:
+def log_samples(run: Run, vae: torch.nn.Module, step: int) -> None:
     """Draw the grid of this step and hand it to `samples/<step>.png` and the tracker."""
     from torchvision.utils import make_grid, save_image
 
@@ -227,18 +228,18 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def prepare_run_folder(config: TrainConfig, data_digest: str) -> Path | None:
+def find_resume_checkpoint(config: TrainConfig, data_digest: str) -> Path | None:
     """The checkpoint to go on from, or None for a new run, once it is sure that they fit.
 
     Raises:
         ValueError: the folder holds a run that is not to be resumed, or one of other settings or data.
     """
-    newest = checkpoint.newest_whole_checkpoint(config.run_dir)
+    newest = checkpoint.latest_valid_checkpoint(config.run_dir)
     if newest is None:
         return None
     if not config.resume:
         raise ValueError(f"--no-resume: {config.run_dir} holds a run ({newest}); choose another --exp-name")
-    state = checkpoint.read_state(newest)
+    state = load.read_state(newest)
     settings = dataclasses.asdict(config).items()
     saved = state["config"]
     changed = {
@@ -261,7 +262,7 @@ def prepare_run_folder(config: TrainConfig, data_digest: str) -> Path | None:
     return newest
 
 
-def lock_run_folder(run_dir: Path) -> int:
+def lock_run_dir(run_dir: Path) -> int:
     """Hold the run's folder for as long as the descriptor is open: two trainers in one would spoil each other's run.
 
     Raises:
@@ -290,7 +291,7 @@ def load_grid_vae(config: TrainConfig, store: LatentDataset, device: torch.devic
     return vae
 
 
-def read_metrics(run: Run, step: int, begin: float) -> tuple[dict[str, float], bool]:
+def collect_metrics(run: Run, step: int, begin: float) -> tuple[dict[str, float], bool]:
     """One row of metrics over the steps since the last one and all processes; and whether the last step was applied, so
     that the weights may be saved as good ones. Here alone the host waits for the device.
 
@@ -303,7 +304,7 @@ def read_metrics(run: Run, step: int, begin: float) -> tuple[dict[str, float], b
     said += f"had {', '.join(verdict.terms)} that are not finite" if verdict.terms else "had spikes of the gradient"
     if verdict.longest_run >= config.max_bad_steps or (step == config.max_train_steps and not verdict.healthy):
         run.writer.wait()
-        saved = checkpoint.latest_checkpoint(config.run_dir)
+        saved = load.latest_checkpoint(config.run_dir)
         raise ValueError(
             f"expected finite losses and gradients, found {verdict.longest_run} steps in a row that were not applied "
             f"(--max-bad-steps {config.max_bad_steps}): {said}; the last good checkpoint is {saved or 'none'}; fix: "
@@ -330,7 +331,7 @@ def read_metrics(run: Run, step: int, begin: float) -> tuple[dict[str, float], b
     return row, verdict.healthy
 
 
-def report(run: Run, row: dict[str, float], log: RunLog, progress: tqdm) -> None:
+def log_metrics(run: Run, row: dict[str, float], log: RunLog, progress: tqdm) -> None:
     """Hand a row to the files, the tracker and the terminal."""
     log.write(row)
     run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
@@ -375,19 +376,19 @@ def fit(run: Run, start: int, loader: DataLoader, log: RunLog, vae: torch.nn.Mod
         sample = config.sampling_steps and not stopped and (last or step % config.sampling_steps == 0)
         if not (save or sample or step % config.log_every == 0):
             continue
-        row, healthy = read_metrics(run, step, begin)
+        row, healthy = collect_metrics(run, step, begin)
         if main_process:
-            report(run, row, log, progress)
+            log_metrics(run, row, log, progress)
         if save and healthy:
-            gather_state(run.optimizer.optimizer)
+            consolidate_state(run.optimizer.optimizer)
         if save and healthy and main_process:
             trained, optimizer = accelerator.unwrap_model(run.model), run.optimizer.optimizer
             state = checkpoint.snapshot(trained, run.ema, optimizer, accelerator.scaler, run.guard.state_dict())
             run.writer.save(step, state, info)
         if sample and main_process:
-            report_grid(run, vae, step)
+            log_samples(run, vae, step)
         if save and main_process:
-            refresh_report(config)
+            write_html_report(config)
         accelerator.wait_for_everyone()
         begin = time.perf_counter()
         if stopped:
@@ -395,18 +396,18 @@ def fit(run: Run, start: int, loader: DataLoader, log: RunLog, vae: torch.nn.Mod
     if profile:
         profile.stop()
     stop.close()
-    let_go(run.optimizer.optimizer)
+    release_process_group(run.optimizer.optimizer)
     run.writer.finish()
     if main_process:
-        refresh_report(config)  # once more, with the last checkpoint
+        write_html_report(config)  # once more, with the last checkpoint
     if stopped and not last:
-        saved = checkpoint.latest_checkpoint(config.run_dir)
+        saved = load.latest_checkpoint(config.run_dir)
         accelerator.print(f"stopped by {stopped.name} after step {step}; the same command goes on from {saved}")
         accelerator.end_training()
         sys.exit(exit_code(stopped))
 
 
-def refresh_report(config: TrainConfig) -> None:
+def write_html_report(config: TrainConfig) -> None:
     """`report.html` of the run as it stands. No trouble with it may end training."""
     try:
         write_report([config.run_dir], config.run_dir / "report.html")
@@ -424,13 +425,13 @@ def start_profiler(config: TrainConfig) -> torch.profiler.profile:
     return profile
 
 
-def dead_reader(error: RuntimeError, sampler: StepSampler, config: TrainConfig) -> ValueError:
+def worker_died_error(error: RuntimeError, sampler: StepSampler, config: TrainConfig) -> ValueError:
     """What to tell the user when torch reports that a process that reads data has died."""
-    samples = ", ".join(map(str, sampler.step_indices(sampler.handed_out)[:4]))
+    samples = ", ".join(map(str, sampler.step_indices(sampler.last_step_issued)[:4]))
     return ValueError(
         f"a process that reads data died ({' '.join(str(error).split())[:200]}); the last samples handed out to be "
-        f"read are those of step {sampler.handed_out + 1} ({samples}, ...); look at the memory, and at the disk of "
-        f"{config.data_dir}"
+        f"read are those of step {sampler.last_step_issued + 1} ({samples}, ...); look at the memory, and at "
+        f"the disk of {config.data_dir}"
     )
 
 
@@ -483,13 +484,13 @@ def describe(run: Run, store: LatentDataset) -> str:
 def main(argv: list[str] | None = None) -> None:
     config = cli.parse(TrainConfig, argv, __doc__.splitlines()[0])
     on_gpu = torch.cuda.is_available()
-    store = LatentDataset(config.data_dir, images="repa" in chosen(config.align))
+    store = LatentDataset(config.data_dir, images="repa" in parse_align(config.align))
     config = resolve(config, store, on_gpu)
     damaged = store.verify_digests() if config.verify_data else []
     if damaged:
         raise ValueError(f"damaged store {config.data_dir}: {', '.join(damaged)} changed since; dump the images again")
-    data_digest = checkpoint.file_digest(Path(config.data_dir) / "meta.json")
-    newest = prepare_run_folder(config, data_digest)
+    data_digest = sha256(Path(config.data_dir) / "meta.json")
+    newest = find_resume_checkpoint(config, data_digest)
     start = int(newest.name) if newest else 0
 
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
@@ -517,12 +518,12 @@ def main(argv: list[str] | None = None) -> None:
     draws_grids = config.sampling_steps > 0 and accelerator.is_main_process
     vae = load_grid_vae(config, store, accelerator.device) if draws_grids else None
 
-    source = checkpoint.load_sit(config.init_from) if config.init_from and not newest else None
+    source = load.load_sit(config.init_from) if config.init_from and not newest else None
     sit, ema = (network.to(accelerator.device) for network in build(config, store, source))
-    sit.recompute = config.grad_checkpoint
+    sit.checkpoint_every = config.grad_checkpoint
     interpolant, epoch = Interpolant(config.path_type), len(store) / config.batch_size
-    context = Context(config, sit, ema, interpolant, accelerator.device, accelerator.autocast, epoch)
-    methods = {name: METHODS[name](context) for name in chosen(config.align)}
+    context = AlignmentContext(config, sit, ema, interpolant, accelerator.device, accelerator.autocast, epoch)
+    methods = {name: METHODS[name](context) for name in parse_align(config.align)}
     model = AlignedSiT(sit, make_heads(config, methods)).to(accelerator.device)
     if config.compile:
         for module in [*sit.blocks, *model.heads.values()]:
@@ -536,7 +537,7 @@ def main(argv: list[str] | None = None) -> None:
         guard.load_state_dict(
             checkpoint.load_checkpoint(newest, model, ema, optimizer, accelerator.scaler, verify=False)
         )
-        settle(optimizer, config.learning_rate)
+        fix_loaded_state(optimizer, config.learning_rate)
         accelerator.print(f"going on from {newest}")
     model = accelerator.prepare(model)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it is where the model is
@@ -547,7 +548,7 @@ def main(argv: list[str] | None = None) -> None:
         len(store),
     )  # fmt: skip
 
-    initial = checkpoint.read_state(newest).get("initial") if newest else None
+    initial = load.read_state(newest).get("initial") if newest else None
     if source is not None:
         initial = {name: source[1][name] for name in ("source", "read_as", "digest")}
         classes = source[0].config.num_classes
@@ -558,7 +559,7 @@ def main(argv: list[str] | None = None) -> None:
     settings |= provenance.stamp()
     log = None
     if accelerator.is_main_process:
-        lock = lock_run_folder(config.run_dir)
+        lock = lock_run_dir(config.run_dir)
         (config.run_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         log = RunLog(config.run_dir, start)
         check_scale(run, store)
@@ -575,7 +576,7 @@ def main(argv: list[str] | None = None) -> None:
     except RuntimeError as error:  # raised wherever the host happens to be
         if "DataLoader worker" not in str(error):
             raise
-        raise dead_reader(error, sampler, config) from error
+        raise worker_died_error(error, sampler, config) from error
     finally:
         run.writer.wait()
         if accelerator.is_main_process:

@@ -25,8 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cli
-from analysis.runs import (
+from reporting.runs import (
     Run,
     Samples,
     direction,
@@ -37,7 +36,8 @@ from analysis.runs import (
     read_runs,
     recipe_words,
 )
-from cli import REQUIRED, flag
+from runtime import cli
+from runtime.cli import REQUIRED, flag
 
 # torch and what imports it is imported where it is used, so that --help does not wait for it.
 if TYPE_CHECKING:
@@ -203,10 +203,10 @@ def draw_images(
     """
     import torch
 
-    from interpolant import Interpolant
+    from diffusion.interpolant import Interpolant
+    from diffusion.samplers import block_noise, guided_velocity, solve
     from models.vae import decode_images
-    from samplers import block_noise, guided_velocity, solve
-    from seeding import BLOCK
+    from runtime.seeding import BLOCK
 
     lower = torch.bfloat16 if (config.mixed_precision or _usual_precision(device)) == "bf16" else None
     shape = (sit.config.in_channels, sit.config.latent_size, sit.config.latent_size)
@@ -255,7 +255,7 @@ def draw_all(config: CompareConfig, runs: list[Run]) -> tuple[Image.Image, dict[
     """
     import torch
 
-    from checkpoint import load_sit
+    from models.load import load_sit
     from models.vae import UNKNOWN_VAE, load_vae, vae_digest
 
     steps, device = choose_steps(runs, config.steps), choose_device(config.device)
@@ -362,7 +362,7 @@ def _fit(draw: Any, text: str, size: int, width: float) -> str:
 
 
 @dataclass(frozen=True)
-class Figures:
+class MetricCurves:
     """Curves of one metric, measured alike: by run, (step, value)."""
 
     metric: str
@@ -370,7 +370,7 @@ class Figures:
     curves: dict[str, Curve]
 
 
-def choose_figures(runs: list[Run], wanted: str | None) -> Figures | None:
+def choose_metric_curves(runs: list[Run], wanted: str | None) -> MetricCurves | None:
     """The curves of a metric over steps; of several ways of sampling the one that most runs and steps share.
 
     Values of equal steps, of several seeds of sampling, are averaged.
@@ -406,7 +406,7 @@ def choose_figures(runs: list[Run], wanted: str | None) -> Figures | None:
         name: sorted((step, sum(values) / len(values)) for step, values in steps.items())
         for name, steps in groups[best].items()
     }
-    return Figures(metric, f"{recipe_words(best[1])}, against {best[0]}", curves)
+    return MetricCurves(metric, f"{recipe_words(best[1])}, against {best[0]}", curves)
 
 
 def smoothed(rows: list[dict[str, float]], column: str, window: float) -> Curve:
@@ -439,7 +439,7 @@ class Reach:
     at_most: bool = False
 
 
-def reach(curve: Curve, target: float, sign: int) -> Reach:
+def first_crossing(curve: Curve, target: float, sign: int) -> Reach:
     """Where a curve first comes to `target` or better, on straight lines between its points.
 
     Args:
@@ -488,7 +488,7 @@ def speed_up(run: Curve, baseline: Curve, sign: int) -> dict[str, Any]:
     if not run or not baseline:
         return {"reached": None, "at_most": False, "speed_up": None}
     place, target = best_point(baseline, sign)
-    found = reach(run, target, sign)
+    found = first_crossing(run, target, sign)
     ratio = place / found.at if found.at else None
     return {"reached": found.at, "at_most": found.at_most, "speed_up": ratio}
 
@@ -499,7 +499,7 @@ def compare_curves(runs: list[Run], wanted: str | None) -> dict[str, Any]:
     Raises:
         ValueError: the metric that is wanted is not there, or the baseline has neither metrics nor a log.
     """
-    figures = choose_figures(runs, wanted)
+    figures = choose_metric_curves(runs, wanted)
     axes, unit = hours_axis(runs)
     lasts = [run.rows[-1]["step"] for run in runs if run.rows]
     window = min(lasts, default=0) * WINDOW
@@ -653,7 +653,7 @@ def main(argv: list[str] | None = None) -> None:
     compared = compare_curves(runs, config.metric)
     if config.images:
         choose_steps(runs, config.steps)  # refused before torch is loaded
-    import provenance
+    from runtime import provenance
 
     folder, names = Path(config.output_dir), [run.name for run in runs]
     record = {"runs": {run.name: str(run.folder) for run in runs}, **compared, "images": None}

@@ -21,13 +21,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import cli
-from cli import flag
+from runtime import cli
+from runtime.cli import flag
 
 if TYPE_CHECKING:
     import torch
 
-    from train_config import TrainConfig
+    from training.config import TrainConfig
 
 PAPER = {  # Table 4, for SiT-XL/2 on H100s: external and head parameters (M), it/s at batch 256, G, ms
     "none": (0, 0, 8.1, 114.46, 18.05),
@@ -64,7 +64,7 @@ class CostConfig:
 
 def resolved(config: CostConfig, model: str, align: str) -> TrainConfig:
     """The trainer's settings of a row of the table."""
-    from train_config import TrainConfig, resolve
+    from training.config import TrainConfig, resolve
 
     store = SimpleNamespace(
         meta={"resolution": 8 * config.latent_size, "vae": "none"}, num_classes=config.num_classes, has_flips=False
@@ -85,8 +85,8 @@ def count(config: CostConfig, model: str, align: str) -> dict[str, float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from interpolant import Interpolant
-    from methods import METHODS, Batch, Context, chosen
+    from alignment.registry import METHODS, AlignmentContext, Batch, parse_align
+    from diffusion.interpolant import Interpolant
     from models.aligned import AlignedSiT
     from models.sit import SiT, SiTConfig
 
@@ -99,10 +99,10 @@ def count(config: CostConfig, model: str, align: str) -> dict[str, float]:
     with torch.device("meta"):
         sit = SiT(SiTConfig.from_name(model, side, num_classes=config.num_classes))
         ema = SiT(sit.config)
-        context = Context(
+        context = AlignmentContext(
             settings, sit, ema, Interpolant(settings.path_type), torch.device("meta"), nullcontext, IMAGES / BATCH
         )
-        methods = {name: METHODS[name](context) for name in chosen(align)}
+        methods = {name: METHODS[name](context) for name in parse_align(align)}
         heads = {
             term: (depth, method.make_head())
             for name, method in methods.items()
@@ -147,8 +147,8 @@ def measure(config: CostConfig, model: str, align: str, folder: Path) -> dict[st
     import torch
 
     import train
+    from alignment.registry import Batch
     from benchmarks.steps import batch_of, random_store, timed, trainer, wait
-    from methods import Batch
 
     size = config.batch_size
     data = random_store(folder / "store", config.latent_size, count=size, images=True, classes=config.num_classes)
@@ -272,11 +272,11 @@ def plan(rows: list[dict[str, Any]], machine: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     config = cli.parse(CostConfig, argv, __doc__.splitlines()[0])
-    import provenance
-    from methods import chosen
+    from alignment.registry import parse_align
+    from runtime import provenance
 
     for align in config.align:
-        chosen(align)
+        parse_align(align)
     machine = provenance.machine()
     about = provenance.stamp()
     rows, output = [], Path(config.output_dir)

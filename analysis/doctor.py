@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import cli
-from cli import REQUIRED, flag
+from runtime import cli
+from runtime.cli import REQUIRED, flag
 
 SAMPLED = 2048  # latents of which the scaled deviation is taken
 
@@ -106,14 +106,15 @@ def examine_store(folder: Path) -> Iterator[Finding]:
 
 def examine_run(folder: Path) -> Iterator[Finding]:
     """Each checkpoint's files and config, what a stopped process left, and the log."""
-    import checkpoint
+    from models import load
+    from training import checkpoint
 
-    found = checkpoint.checkpoints(folder)
+    found = load.checkpoints(folder)
     whole = []
     for path in found:
         try:
             checkpoint.verify_checkpoint(path)
-            _, info = checkpoint.load_sit(path)
+            _, info = load.load_sit(path)
         except ValueError as error:
             yield Finding(str(error), f"delete {path}; the run goes on from the newest whole one")
             continue
@@ -130,7 +131,7 @@ def examine_run(folder: Path) -> Iterator[Finding]:
 
 def examine_samples(folder: Path) -> Iterator[Finding]:
     """The record, and the digest of samples.npz."""
-    import checkpoint
+    from runtime.files import sha256
 
     try:
         record = json.loads((folder / "samples.json").read_text())
@@ -142,7 +143,7 @@ def examine_samples(folder: Path) -> Iterator[Finding]:
         yield Finding(f"{count:,} images, no samples.npz recorded")
         return
     file = folder / "samples.npz"
-    good = file.is_file() and checkpoint.file_digest(file) == digest
+    good = file.is_file() and sha256(file) == digest
     yield Finding(
         f"{count:,} images, samples.npz as written"
         if good

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cli
-from cli import REQUIRED, flag
+from runtime import cli
+from runtime.cli import REQUIRED, flag
 
 OURS = {"config.json", "model.safetensors", "README.md", "samples.png", "vae"}  # all that a published folder may hold
 TERMS = {  # prefix of the flags; name; what a block's tokens were aligned with
@@ -103,8 +103,8 @@ def read_records(config: PublishConfig) -> Records:
     Raises:
         ValueError: no checkpoint, a damaged one, or one of another project; `--samples` of another checkpoint.
     """
-    from checkpoint import load_sit
-    from runlog import read_log
+    from models.load import load_sit
+    from reporting.log import read_log
 
     if Path(config.run).is_file():
         raise ValueError(
@@ -181,7 +181,7 @@ def _belongs(path: Path, settings: dict[str, Any], info: dict[str, Any], require
 
 def describe_model(records: Records, include_vae: bool) -> dict[str, Any]:
     """`config.json`: the fields of `SiTConfig`, and what sampling needs beside them."""
-    from pipeline import FORMAT, VERSION
+    from sampling.pipeline import FORMAT, VERSION
 
     info = records.info
     fields = read_json(Path(info["source"]) / "config.json")
@@ -294,7 +294,7 @@ def _picture(records: Records) -> list[str]:
 
 def _usage(records: Records, name: str, include_vae: bool) -> list[str]:
     """How to load and sample: Python that runs as it stands, by the settings of the picture if there is one."""
-    import provenance
+    from runtime import provenance
 
     info, picture = records.info, records.picture
     settings = {"guidance_scale": 4.0, "sampler": "sde", "num_steps": 250} | (picture.settings if picture else {})
@@ -434,7 +434,7 @@ def choose_folder(config: PublishConfig, info: dict[str, Any]) -> Path:
     Raises:
         ValueError: there is something else, or another model with a card that was changed by hand.
     """
-    from pipeline import FORMAT
+    from sampling.pipeline import FORMAT
 
     source = Path(info["source"]).absolute()
     if config.output_dir:
@@ -551,10 +551,10 @@ def push(folder: Path, name: str) -> str:
     """
     from huggingface_hub import HfApi
 
-    from models.vae import hub_answers
+    from models.vae import hub_is_reachable
 
     again = f"{folder} is kept: run the same command again, or upload it by hand (hf upload {name} {folder})"
-    if not hub_answers():
+    if not hub_is_reachable():
         raise ValueError(f"--push-to {name}: the hub cannot be reached; with a network, {again}")
     api = HfApi()
     try:

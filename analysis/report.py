@@ -15,9 +15,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import cli
-from analysis.page import write_report
-from cli import REQUIRED, flag
+from reporting.page import write_report
+from runtime import cli
+from runtime.cli import REQUIRED, flag
 
 __all__ = ["ReportConfig", "main", "write_report"]
 

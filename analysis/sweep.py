@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cli
-from cli import REQUIRED, flag
+from runtime import cli
+from runtime.cli import REQUIRED, flag
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER_METRICS = ("fid", "sfid", "is", "precision", "recall")  # the order of `paper` in a table

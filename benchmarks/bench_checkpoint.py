@@ -9,12 +9,12 @@ import time
 
 import torch
 
-import checkpoint
 from benchmarks.record import record
 from models.aligned import AlignedSiT
 from models.projector import Projector
 from models.sit import SiT, SiTConfig
 from models.vae import LatentScale
+from training import checkpoint
 
 INFO = {
     "scale": LatentScale((1.0,), (0.0,)).to_dict(), "vae": "", "vae_digest": "", "resolution": 256, "class_names": [],

@@ -14,9 +14,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks.record import record
-from dataset import LatentDataset, LatentStoreWriter, StepSampler, shard_size
+from dataset import LatentDataset, StepSampler
 from models.vae import LatentScale
 from preprocessing.dump_latents import Crops
+from preprocessing.store_writer import LatentStoreWriter, shard_size
 
 COUNT, SHAPE, BATCH = 20_000, (8, 32, 32), 256
 
@@ -68,7 +69,7 @@ def loader() -> None:
         record(
             "data/loader", value, "moments/s", baseline, value / baseline, baseline_is="one .npy per image, stacked",
             spread=[min(ours), max(ours)], spread_baseline=[min(plain), max(plain)], batch=BATCH, images=COUNT,
-            bar=">= 200,000 and >= 20 x", held_by="memory: both read the same bytes into a batch",
+            bar=">= 200,000 and >= 20 x", bottleneck="memory: both read the same bytes into a batch",
         )  # fmt: skip
 
 

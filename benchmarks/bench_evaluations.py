@@ -44,8 +44,8 @@ def bench_passes() -> None:
 
     from benchmarks.record import record
     from evaluations import metrics, networks
+    from evaluations.evaluator import Evaluation, Settings
     from evaluations.images import open_images
-    from evaluations.measures import Evaluation, Settings
 
     counts, size, batch_size = {"reference": 64, "samples": 96}, 256, 32
     state = {key: torch.as_tensor(value) for key, value in _inception_state().items()}

@@ -9,11 +9,10 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import provenance
 from benchmarks.faults import (
     ROOT,
     contents,
-    harm_files,
+    corrupt_files,
     kill_many,
     launch,
     run_whole,
@@ -24,6 +23,7 @@ from benchmarks.faults import (
 )
 from benchmarks.record import RESULTS
 from demo.make_digits import main as make_digits
+from runtime import provenance
 
 VAE = str(ROOT / "demo" / "vae")
 
@@ -86,7 +86,7 @@ def measure(folder: Path, rng: random.Random) -> dict:
         ("npz", folder / "samples", "samples.npz", 300, 60),
     ):
         files = sorted(path for path in place.glob(pattern) if path.is_file())
-        add(f"harm_{what}", harm_files(files, lambda place=place: something_is_wrong(place), flips, cuts, rng))
+        add(f"harm_{what}", corrupt_files(files, lambda place=place: something_is_wrong(place), flips, cuts, rng))
     add("soak", soaking.result())
     return figures
 

@@ -26,21 +26,20 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
-import cli
-import provenance
 import sample_ddp
 import train
 from benchmarks.plain import PlainLoop
 from benchmarks.record import RESULTS
 from benchmarks.steps import batch_of, random_store, timed, trainer, wait
-from cli import flag
-from ema import MovingAverage
-from guard import StepGuard
 from models.aligned import AlignedSiT
 from models.sit import SiT, SiTConfig
 from models.vae import LatentScale, decode_images
-from optimizer import make_optimizer
-from sample_config import Guidance, SampleConfig
+from runtime import cli, provenance
+from runtime.cli import flag
+from sampling.config import Guidance, SampleConfig
+from training.ema import MovingAverage
+from training.nonfinite import StepGuard
+from training.optimizer import make_optimizer
 
 HEADS = {"with": "vae", "without": "none"}
 SAMPLING_GUIDANCE = (1.8, (0.0, 0.7))  # REPA's
@@ -197,7 +196,7 @@ def training(bench: Bench, data: Path, folder: Path, model: str) -> None:
                 bench.measure(f"train/{model}/head_cost/batch-{size}", lambda cost=cost: {"share_of_step": cost})
 
 
-def each_means(bench: Bench, data: Path, folder: Path, model: str, size: int) -> None:
+def ablate_optimizations(bench: Bench, data: Path, folder: Path, model: str, size: int) -> None:
     """Training with one means switched off at a time."""
     config, device = bench.config, bench.device
     batch = batch_of(size, config.latent_size, device)
@@ -225,10 +224,10 @@ def each_means(bench: Bench, data: Path, folder: Path, model: str, size: int) ->
         with mock.patch.object(train, "draw", draws_of_the_host(train.draw)):
             bench.measure(f"{name}/without_draws_on_the_device", lambda: timed(run))
         bench.measure(f"{name}/with_a_read_in_each_step", lambda: timed(run, reading(run)))
-        run.sit.recompute = 1
+        run.sit.checkpoint_every = 1
         bench.measure(f"{name}/with_every_block_recomputed", lambda: timed(run))
-        run.sit.recompute = 0
-        with mock.patch.object(train, "refuse_if"):
+        run.sit.checkpoint_every = 0
+        with mock.patch.object(train, "skip_step_if"):
             bench.measure(f"{name}/without_fused_adamw", lambda: timed(unfused(run)))
         del run
     with trainer(data, folder, model, exp_name="means-eager", compile=False) as run:
@@ -309,13 +308,13 @@ def sampling(bench: Bench, model: str) -> None:
         "scale": LatentScale((1.0,), (0.0,)),
     }  # fmt: skip
 
-    def drawer(batch: int, **changes: Any) -> sample_ddp.Drawer:
+    def drawer(batch: int, **changes: Any) -> sample_ddp.SampleGenerator:
         settings = sample_ddp.describe(
             SampleConfig(checkpoint=("none",), **changes), Guidance(scale, interval), sit, info, device
         )
-        return sample_ddp.Drawer(settings | {"batch_size": batch}, sit, None, info, np.arange(1000), device)
+        return sample_ddp.SampleGenerator(settings | {"batch_size": batch}, sit, None, info, np.arange(1000), device)
 
-    def timed(drawer: sample_ddp.Drawer, steps: int) -> dict[str, Any]:
+    def timed(drawer: sample_ddp.SampleGenerator, steps: int) -> dict[str, Any]:
         drawer.settings["num_steps"] = 10
         drawer.latents(0)  # both shapes
         wait(bench.device)
@@ -374,7 +373,7 @@ def main(argv: list[str] | None = None) -> None:
         data = random_store(folder / "store", config.latent_size)
         bench.measure("peak/bf16_matmul", lambda: matmul_peak(bench))
         bench.attempt(f"train/{first}", lambda: training(bench, data, folder, first))
-        bench.attempt(f"means/{first}", lambda: each_means(bench, data, folder, first, config.batches[0]))
+        bench.attempt(f"means/{first}", lambda: ablate_optimizations(bench, data, folder, first, config.batches[0]))
         bench.attempt(f"sample/{first}", lambda: sampling(bench, first))
         bench.measure("decode", lambda: decoding(bench))
         size = config.batches[min(1, len(config.batches) - 1)]

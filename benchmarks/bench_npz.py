@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.record import record
-from sample_folder import UnfinishedSamples, create
+from sampling.writer import SampleWriter, create
 
 COUNT, SIDE, BATCH = 2_000, 256, 64
 BAR = 300  # MB above the start
@@ -41,7 +41,7 @@ def resident() -> int:
 def write_ours(folder: Path, labels: np.ndarray) -> None:
     settings = {"num_samples": COUNT, "batch_size": BATCH, "resolution": SIDE, "png": False, "npz": True}
     create(folder, settings)
-    samples = UnfinishedSamples(folder, settings)
+    samples = SampleWriter(folder, settings)
     for batch, images in enumerate(batches()):
         samples.write(batch, images)
     samples.finish(labels, {"settings": settings})

@@ -21,12 +21,13 @@ import dataset
 import train
 from benchmarks.plain import PlainLoop
 from benchmarks.record import record
-from ema import update_ema
 from loss import Alignment, alignment_loss
 from models.aligned import AlignedSiT
 from models.projector import Projector
 from models.sit import SiT, SiTConfig
-from sealed import seal
+from preprocessing import store_writer
+from runtime.files import to_checksummed_json
+from training.ema import update_ema
 
 BATCH, STEPS = 4, 5
 COUNT = 1_281_167  # images of ImageNet
@@ -80,11 +81,11 @@ def training_step(folder: Path) -> None:
     share = sum(times.get(name, 0.0) for name in products) / sum(times.values())
     report(
         "train/step", ours_seconds[1:], plain_seconds[1:], ">= 1.1 x", model="SiT-S/2 with its head", batch=BATCH,
-        held_by=f"matrix products and attention, which both do alike, take {share:.0%} of the plain step",
+        bottleneck=f"matrix products and attention, which both do alike, take {share:.0%} of the plain step",
     )  # fmt: skip
     report(
         "train/ema", *in_turn(lambda: update_ema(plain.ema, plain.model.sit, 0.9999), plain.average, 20), ">= 1.5 x",
-        model="SiT-S/2", held_by="memory, which both are bound by: three passes over tensors against five",
+        model="SiT-S/2", bottleneck="memory, which both are bound by: three passes over tensors against five",
     )  # fmt: skip
     f_sit, f_vae, t = torch.randn(256, 256, 16), torch.randn(256, 256, 16), torch.rand(256)
     alignment = Alignment()
@@ -97,7 +98,7 @@ def training_step(folder: Path) -> None:
 
 def sparse_store(folder: Path, count: int) -> Path:
     """A store of `count` latents whose shards are holes in the file system: full size, no room."""
-    size, shards = dataset.shard_size(count), []
+    size, shards = store_writer.shard_size(count), []
     folder.mkdir(parents=True)
     for index, begin in enumerate(range(0, count, size)):
         rows = min(size, count - begin)
@@ -114,7 +115,7 @@ def sparse_store(folder: Path, count: int) -> Path:
         "paths_sha256": "", "skipped": [], "resolution": 256, "vae": "", "vae_digest": "", "scale": [1.0],
         "shift": [0.0], "class_names": [str(k) for k in range(1000)], "crop": "adm-center", "settings": {},
     }  # fmt: skip
-    (folder / "meta.json").write_text(seal(meta))
+    (folder / "meta.json").write_text(to_checksummed_json(meta))
     return folder
 
 

@@ -130,9 +130,9 @@ def contents(folder: Path, ignore: Callable[[Path], bool] = lambda path: False) 
 
 def weights(run: Path) -> dict[str, bytes]:
     """The bytes of a run's weights, moments and averages at its newest checkpoint."""
-    import checkpoint
+    from models import load
 
-    newest = checkpoint.latest_checkpoint(run)
+    newest = load.latest_checkpoint(run)
     return {name: (newest / name).read_bytes() for name in ("model.safetensors", "ema.safetensors", "optimizer.pt")}
 
 
@@ -144,7 +144,7 @@ def train_command(store: Path, run: Path, steps: int, processes: int = 1) -> lis
     )  # fmt: skip
 
 
-def harm_files(
+def corrupt_files(
     files: list[Path], find: Callable[[], bool], flips: int, cuts: int, rng: random.Random
 ) -> dict[str, int]:
     """Flip single bits and cut files short, one at a time, each time asking whether it is found.
@@ -198,7 +198,7 @@ def soak(store: Path, folder: Path, steps: int) -> dict[str, float]:
             "--sampling-count", "4", "--sampling-num-steps", "2", "--num-workers", "1",
         )
     )  # fmt: skip
-    from runlog import read_log
+    from reporting.log import read_log
 
     seen: dict[int, tuple[float, int]] = {}
     while process.poll() is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import provenance
+from runtime import provenance
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

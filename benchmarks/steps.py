@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 
 import train
-from dataset import LatentStoreWriter
+from preprocessing.store_writer import LatentStoreWriter
 
 
 def wait(device: torch.device) -> None:

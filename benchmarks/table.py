@@ -80,7 +80,7 @@ def table() -> str:
     ]
     for what, name, form, bar in ROWS:
         record = records[name]
-        missed = "" if met(record, bar) else f" (**bar missed**: {record.get('held_by', 'see its record')})"
+        missed = "" if met(record, bar) else f" (**bar missed**: {record.get('bottleneck', 'see its record')})"
         lines.append(f"| {what.format(**record)} | {form.format(**record)}{missed} | {record['bar']} |")
     lines += _reliability(json.loads((RESULTS / "reliability.json").read_text()))
     gpu = RESULTS / "gpu.json"

@@ -11,8 +11,8 @@ import dataclasses
 import os
 from pathlib import Path
 
-import cli
-from cli import flag
+from runtime import cli
+from runtime.cli import flag
 
 
 @dataclasses.dataclass(frozen=True)

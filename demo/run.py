@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import cli
-from cli import flag
 from demo.digits import enlarge, fit_classifier, held_out, load_digits, reduce
+from runtime import cli
+from runtime.cli import flag
 
 if TYPE_CHECKING:
     from sklearn.svm import SVC
@@ -248,8 +248,8 @@ def main(argv: list[str] | None = None) -> None:
     config = cli.parse(DemoConfig, argv, "Train SiT + VAE-REPA on real digits, draw 1,000 and have them judged.")
     import torch
 
-    import provenance
-    from runlog import read_log
+    from reporting.log import read_log
+    from runtime import provenance
 
     folder = ROOT / config.output_dir
     folder.mkdir(parents=True, exist_ok=True)

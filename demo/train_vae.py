@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import cli
-from cli import flag
+from runtime import cli
+from runtime.cli import flag
 
 if TYPE_CHECKING:
     import torch

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `torchrun evaluations/evaluate.py`
 
-import cli
-import provenance
-from cli import REQUIRED, flag
+from runtime import cli, provenance
+from runtime.cli import REQUIRED, flag
 
 # torch and what imports it is imported where it is used, so that --help does not wait for it.
 if TYPE_CHECKING:
-    from evaluations.measures import Evaluation
+    from evaluations.evaluator import Evaluation
 
 FEATURES = ("inception", "dinov2", "vae", "random")
 
@@ -91,8 +90,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.save_stats and len(features) > 1:
         raise ValueError(f"expected one of --features with --save-stats, found {config.features}")
 
+    from evaluations.evaluator import Evaluation, Settings, chosen
     from evaluations.images import open_images
-    from evaluations.measures import Evaluation, Settings, chosen
 
     names = chosen(names, features, config.ref is not None, saving=bool(config.save_stats))
     source = open_images(config.samples)
@@ -166,7 +165,7 @@ def describe(
     config: EvaluateConfig, evaluation: Evaluation, source: Any, stored: list[str], figures: dict[str, float]
 ) -> dict[str, Any]:
     """Everything that `metrics.json` holds."""
-    from evaluations.measures import METRICS, warnings_about
+    from evaluations.evaluator import METRICS, warnings_about
 
     reference = evaluation.source
     kinds = {METRICS[network][name][0] for network in METRICS for name in figures if name in METRICS[network]}

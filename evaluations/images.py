@@ -99,7 +99,7 @@ class NpzImages:
 
     def digest(self) -> str:
         """SHA-256 of the file."""
-        return _file_digest(self.path)
+        return _file_sha256(self.path)
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
         """Images start..stop in file order.
@@ -260,7 +260,7 @@ class StoreImages:
 
     def digest(self) -> str:
         """SHA-256 of `meta.json`, which holds a digest of every shard."""
-        return _file_digest(self.path / "meta.json")
+        return _file_sha256(self.path / "meta.json")
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
         """Images start..stop in the store's order."""
@@ -295,10 +295,10 @@ class StoredStatistics:
 
     def digest(self) -> str:
         """SHA-256 of the file."""
-        return _file_digest(self.path)
+        return _file_sha256(self.path)
 
 
-def _file_digest(path: Path) -> str:
+def _file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while content := file.read(16 << 20):

@@ -249,10 +249,10 @@ def inception_features(
         pool = x.flatten(1)  # (B, 2048)
         return {"pool": pool, "spatial": spatial[0], "logits": pool @ network.fc.weight.T}  # logits: (B, 1008)
 
-    return FeatureNetwork(name, digest, device, filled_up(forward) if static else forward)
+    return FeatureNetwork(name, digest, device, pad_batch(forward) if static else forward)
 
 
-def filled_up(
+def pad_batch(
     forward: Callable[[torch.Tensor], dict[str, torch.Tensor]],
 ) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
     """`forward` for batches of any size, called with one shape alone as long as the first batch is the largest."""

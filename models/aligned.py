@@ -30,5 +30,5 @@ class AlignedSiT(nn.Module):
         """The velocity, and each head's projection f_SiT of its block's tokens."""
         if not self.heads:
             return self.sit(x, t, y), {}
-        velocity, tokens = self.sit(x, t, y, taps=tuple(self.depths.values()))
+        velocity, tokens = self.sit(x, t, y, return_blocks=tuple(self.depths.values()))
         return velocity, {name: self.heads[name](h) for name, h in zip(self.depths, tokens, strict=True)}

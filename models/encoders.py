@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.vae import hub_answers
+from models.vae import hub_is_reachable
 
 # Names as in REPA's --enc-type, and the weights in timm they stand for. Any other name of timm's can be given, too.
 ENCODERS = {
@@ -101,7 +101,7 @@ def load_encoder(
     overlay, pretrained = {}, weights != "random"
     if pretrained and weights is not None:
         overlay = {"state_dict": _read_weights(weights)}
-    elif pretrained and not hub_answers():
+    elif pretrained and not hub_is_reachable():
         constants.HF_HUB_OFFLINE = True  # its cache may hold them; asking the hub in vain takes most of a minute
     try:
         network = timm.create_model(

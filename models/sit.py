@@ -235,13 +235,13 @@ class SiT(
     weights alone. What sampling needs beside them is written by `analysis.publish` and read by `pipeline.py`.
 
     Attributes:
-        recompute: keep only the input of every k-th block for the backward pass, and run it again there (0: of none).
+        checkpoint_every: recompute every k-th block in the backward pass, of which only the input is kept (0: none).
     """
 
     def __init__(self, config: SiTConfig):
         super().__init__()
         self.config = config
-        self.recompute = 0
+        self.checkpoint_every = 0
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(config.hidden_size)
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
@@ -264,23 +264,23 @@ class SiT(
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, taps: Sequence[int] = ()
+        self, x: Tensor, t: Tensor, y: Tensor, return_blocks: Sequence[int] = ()
     ) -> Tensor | tuple[Tensor, list[Tensor]]:  # (N, C, H, W), (N,), (N,) int64 -> (N, C, H, W) [, list of (N, T, D)]
         """Velocity at the noised latents x and times t in [0, 1] for the classes y in [0, K], K being none.
 
-        With `taps`, depths counted from 1, also the tokens that leave those blocks, in the order of `taps`.
+        With `return_blocks`, depths counted from 1, also the tokens that leave those blocks, in that order.
         """
         x, c = self._embed(x, t, y)
-        tapped = {}
+        kept = {}
         for depth, block in enumerate(self.blocks, start=1):
-            if self.recompute and depth % self.recompute == 0 and torch.is_grad_enabled():
+            if self.checkpoint_every and depth % self.checkpoint_every == 0 and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, use_reentrant=False)
             else:
                 x = block(x, c)
-            if depth in taps:
-                tapped[depth] = x
+            if depth in return_blocks:
+                kept[depth] = x
         velocity = unpatchify(self.final_layer(x, c), self.config.patch_size)
-        return (velocity, [tapped[depth] for depth in taps]) if taps else velocity
+        return (velocity, [kept[depth] for depth in return_blocks]) if return_blocks else velocity
 
     def tokens(self, x: Tensor, t: Tensor, y: Tensor, depth: int) -> Tensor:  # as forward -> (N, T, D)
         """The tokens that leave block `depth`, counted from 1; no later block is run."""

@@ -68,7 +68,7 @@ def scale_from_config(vae: AutoencoderKL) -> LatentScale:
     return LatentScale((config.scaling_factor,), (config.get("shift_factor") or 0.0,))
 
 
-def hub_answers() -> bool:
+def hub_is_reachable() -> bool:
     """Whether the hub can be reached: asked once, since its client repeats a vain attempt for half a minute."""
     from huggingface_hub import constants, get_session
 
@@ -108,7 +108,7 @@ def load_vae(name_or_path: str, device: str | torch.device = "cpu") -> Autoencod
             f"a path where there is nothing; give an existing local folder or file"
         )
     subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
-    offline = not folder.exists() and not hub_answers()
+    offline = not folder.exists() and not hub_is_reachable()
     try:
         with warnings.catch_warnings():
             # diffusers passes an argument that newer clients of the hub warn of

@@ -27,10 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import cli
-import provenance
-from cli import REQUIRED, flag
-from dataset import LatentDataset, LatentStoreWriter, ShardWriter, read_meta, shard_size
+from dataset import LatentDataset, read_meta
 from models.vae import (
     decode_images,
     encode_moments,
@@ -39,9 +36,13 @@ from models.vae import (
     vae_digest,
     vae_factor,
 )
-from preprocessing.images import Source, center_crop, decode, open_source
 from preprocessing.latent_scale import latent_statistics, measured_scale, scaled_deviation
-from transfer import start_copy
+from preprocessing.sources import Source, open_source
+from preprocessing.store_writer import LatentStoreWriter, ShardWriter, shard_size
+from runtime import cli, provenance
+from runtime.cli import REQUIRED, flag
+from runtime.distributed import copy_to_host_async
+from runtime.images import center_crop, decode_image
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
         try:
-            return index, center_crop(decode(self.source.read(index)), self.size)
+            return index, center_crop(decode_image(self.source.read(index)), self.size)
         except (OSError, KeyError, RuntimeError) as error:  # a zip names a missing or locked member by the last two
             return index, " ".join(str(error).split()) or type(error).__name__
 
@@ -114,7 +115,7 @@ def start_encoding(vae: torch.nn.Module, crops: Tensor, config: DumpConfig) -> C
         moments = [encode_moments(vae, images)]
         if config.flip:
             moments.append(encode_moments(vae, images.flip(2)))
-    return start_copy(*moments)
+    return copy_to_host_async(*moments)
 
 
 def encode_shards(
@@ -223,7 +224,7 @@ def verify(config: DumpConfig, source: Source, vae: torch.nn.Module) -> None:
     paths = (Path(config.output_dir) / "paths.txt").read_text().splitlines()
     numbers = {name.replace("\n", "\\n"): index for index, name in enumerate(source.names)}
     originals = torch.from_numpy(
-        np.stack([center_crop(decode(source.read(numbers[paths[row]])), config.resolution) for row in rows])
+        np.stack([center_crop(decode_image(source.read(numbers[paths[row]])), config.resolution) for row in rows])
     )
     mean = store.__getitems__(rows)["moments"].chunk(2, dim=1)[0]
     latents = store.scale.scale_latent(mean).to(vae.device)

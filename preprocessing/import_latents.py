@@ -28,12 +28,12 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-import cli
-import provenance
-from cli import REQUIRED, flag
-from dataset import LatentStoreWriter, read_meta, shard_size
+from dataset import read_meta
 from models.vae import UNKNOWN_VAE, LatentScale, load_vae, vae_digest
 from preprocessing.latent_scale import latent_statistics, measured_scale, scaled_deviation
+from preprocessing.store_writer import LatentStoreWriter, shard_size
+from runtime import cli, provenance
+from runtime.cli import REQUIRED, flag
 
 BATCH = 256  # images written at once
 READERS = 16  # threads: they wait for the disk, and Pillow decodes without Python's lock

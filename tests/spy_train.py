@@ -8,8 +8,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import cli
 import train
+from runtime import cli
 
 calls = []
 compute = train.training_loss

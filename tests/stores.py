@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset import LatentStoreWriter
 from models.vae import load_vae, vae_digest
+from preprocessing.store_writer import LatentStoreWriter
+from training.checkpoint import snapshot, write_checkpoint
 
 
 def make_vae(folder: Path, seed: int = 0, channels: int = 4) -> Path:
@@ -77,3 +78,8 @@ def make_store(
         },
     )  # fmt: skip
     return folder
+
+
+def save_checkpoint(run_dir: Path, step: int, model, ema, optimizer, info: dict, scaler=None) -> Path:
+    """A checkpoint of these objects, written at once."""
+    return write_checkpoint(run_dir, step, snapshot(model, ema, optimizer, scaler), info)

@@ -6,14 +6,14 @@ import typing
 
 import pytest
 
-import cli
-from cli import REQUIRED
+from runtime import cli
+from runtime.cli import REQUIRED
 
 PROGRAMS = {
-    "train_config": "TrainConfig", "sample_config": "SampleConfig", "preprocessing.dump_latents": "DumpConfig",
+    "training.config": "TrainConfig", "sampling.config": "SampleConfig", "preprocessing.dump_latents": "DumpConfig",
     "preprocessing.import_latents": "ImportConfig", "evaluations.evaluate": "EvaluateConfig",
     "analysis.sweep": "SweepConfig", "analysis.doctor": "DoctorConfig", "demo.run": "DemoConfig",
-    "analysis.report": "ReportConfig", "analysis.compare": "CompareConfig", "analysis.features": "FeaturesConfig",
+    "analysis.report": "ReportConfig", "analysis.compare": "CompareConfig", "analysis.probe": "FeaturesConfig",
     "analysis.cost": "CostConfig", "analysis.publish": "PublishConfig",
 }  # fmt: skip
 

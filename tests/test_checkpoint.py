@@ -7,13 +7,16 @@ import threading
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import latest_checkpoint, load_checkpoint, load_sit, rotate_checkpoints, save_checkpoint
+from models import load
 from models.aligned import AlignedSiT
+from models.load import latest_checkpoint, load_sit
 from models.projector import Projector
 from models.sit import SiT, SiTConfig
 from models.vae import LatentScale
-from sealed import seal, unseal
+from runtime.files import read_checksummed_json, sha256, to_checksummed_json
+from tests.stores import save_checkpoint
+from training import checkpoint
+from training.checkpoint import load_checkpoint, rotate_checkpoints
 
 CONFIG = SiTConfig(depth=2, hidden_size=32, num_heads=2, patch_size=2, latent_size=4, in_channels=3, num_classes=5)
 INFO = {
@@ -53,7 +56,7 @@ def test_round_trip_restores_every_tensor(tmp_path):
     }  # fmt: skip
     other, other_ema, other_optimizer = make(1)
     load_checkpoint(folder, other, other_ema, other_optimizer)
-    assert checkpoint.read_state(folder)["step"] == 7
+    assert load.read_state(folder)["step"] == 7
     assert equal(model.state_dict(), other.state_dict())
     assert equal(ema.state_dict(), other_ema.state_dict())
     saved, loaded = optimizer.state_dict(), other_optimizer.state_dict()
@@ -115,7 +118,7 @@ def test_what_is_written_in_the_background_is_what_was_given(tmp_path, monkeypat
     assert all(equal(moments[key], values) for key, values in other_optimizer.state_dict()["state"].items())
     writer.save(2, checkpoint.snapshot(model, ema, None), INFO)
     writer.finish()
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["0000002"]
+    assert [path.name for path in load.checkpoints(tmp_path)] == ["0000002"]
 
 
 def test_rotation_keeps_the_newest_and_every_mth(tmp_path):
@@ -123,9 +126,9 @@ def test_rotation_keeps_the_newest_and_every_mth(tmp_path):
     for step in range(10, 80, 10):
         save_checkpoint(tmp_path, step, model, ema, None, INFO)
     rotate_checkpoints(tmp_path, keep_last=2, keep_every=30)
-    assert [int(path.name) for path in checkpoint.checkpoints(tmp_path)] == [30, 60, 70]
+    assert [int(path.name) for path in load.checkpoints(tmp_path)] == [30, 60, 70]
     rotate_checkpoints(tmp_path, keep_last=1, keep_every=0)
-    assert [int(path.name) for path in checkpoint.checkpoints(tmp_path)] == [70]
+    assert [int(path.name) for path in load.checkpoints(tmp_path)] == [70]
 
 
 @pytest.mark.parametrize("name", ["config.json", "ema.safetensors", "model.safetensors", "optimizer.pt"])
@@ -151,8 +154,11 @@ def test_a_changed_byte_is_found_and_nothing_is_loaded(tmp_path, name):
     [
         ("{", "damaged checkpoint: .*state.json: "),
         ("[]", "does not hold settings"),
-        (json.dumps({"format": "vae-repa-checkpoint", "version": 1}), "does not hold settings with a seal"),
-        (seal({"format": "other", "version": 1}), "expected a checkpoint of format"),
+        (
+            json.dumps({"format": "vae-repa-checkpoint", "version": 1}),
+            "does not hold settings with a seal",
+        ),
+        (to_checksummed_json({"format": "other", "version": 1}), "expected a checkpoint of format"),
     ],
 )
 def test_a_bad_state_file_is_named(tmp_path, text, message):
@@ -177,23 +183,26 @@ def test_pickles_are_not_run(tmp_path):
     model, ema, optimizer = make(0)
     folder = save_checkpoint(tmp_path, 1, model, ema, optimizer, INFO)
     torch.save({"optimizer": Exploit()}, folder / "optimizer.pt")
-    state = checkpoint.read_state(folder)
-    state["digests"]["optimizer.pt"] = checkpoint.file_digest(folder / "optimizer.pt")
-    (folder / "state.json").write_text(seal(state))
+    state = load.read_state(folder)
+    state["digests"]["optimizer.pt"] = sha256(folder / "optimizer.pt")
+    (folder / "state.json").write_text(to_checksummed_json(state))
     with pytest.raises(ValueError, match=r"cannot read .*optimizer\.pt"):
         load_checkpoint(folder, model, ema, optimizer)
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_sealed_text_that_has_changed_anywhere_is_found():
+def test_checksummed_json_that_has_changed_anywhere_is_found(tmp_path):
     content = {"name": "a", "numbers": [1e-05, 2.5], "inner": {"flag": True, "none": None}}
-    text = seal(content)
-    assert unseal(text) == content
+    file, text = tmp_path / "record.json", to_checksummed_json(content).encode()
+    file.write_bytes(text)
+    assert read_checksummed_json(file) == content
     for place in range(len(text)):
         for bit in range(8):
-            changed = bytearray(text.encode())
+            changed = bytearray(text)
             changed[place] ^= 1 << bit
-            with pytest.raises(ValueError):  # noqa: PT011 - JSON's, UTF-8's or the seal's own
-                unseal(changed.decode())
+            file.write_bytes(changed)
+            with pytest.raises(ValueError):  # noqa: PT011 - JSON's, UTF-8's or our own
+                read_checksummed_json(file)
+        file.write_bytes(text[:place])
         with pytest.raises(ValueError):  # noqa: PT011
-            unseal(text[:place])
+            read_checksummed_json(file)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import cli
-from cli import REQUIRED, flag
+from runtime import cli
+from runtime.cli import REQUIRED, flag
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -95,7 +95,7 @@ def run_main(body, tmp_path):
     """Run `main` of a script that lies inside the project's folder, as the entry points do."""
     script = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import cli
+from runtime import cli
 source = {body!r}
 scope = {{}}
 exec(compile(source, {str(ROOT / "train.py")!r}, "exec"), scope)

@@ -12,18 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-import cli
 import sample_ddp
 from analysis import compare
-from analysis.compare import CompareConfig, Reach, compose, draw_images, reach, smoothed, speed_up
-from analysis.runs import read_runs
-from checkpoint import load_sit, save_checkpoint
-from interpolant import Interpolant
+from analysis.compare import CompareConfig, Reach, compose, draw_images, first_crossing, smoothed, speed_up
+from diffusion.interpolant import Interpolant
+from diffusion.samplers import guided_velocity, sample_ode, sample_sde
+from models.load import load_sit
 from models.sit import SiT, SiTConfig
 from models.vae import LatentScale, decode_images, load_vae, vae_digest
-from samplers import guided_velocity, sample_ode, sample_sde
-from seeding import block_generator
-from tests.stores import make_vae
+from reporting.runs import read_runs
+from runtime import cli
+from runtime.seeding import block_generator
+from tests.stores import make_vae, save_checkpoint
 from tests.test_report import add_samples, log_row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,16 +164,18 @@ def test_a_name_is_the_same_width_however_long():
 
 
 def test_where_a_curve_gets_to_a_value():
-    assert reach([(0, 10.0), (10, 0.0)], 5.0, -1) == Reach(5.0)
-    assert reach([(0, 10.0), (10, 6.0), (20, 2.0), (30, 8.0)], 3.0, -1) == Reach(17.5)  # the first time
-    assert reach([(0, 10.0), (10, 5.0)], 5.0, -1) == Reach(10.0)
-    assert reach([(0, 10.0), (10, 5.0)], 4.9, -1) == Reach(None)
-    assert reach([(4, 3.0), (10, 1.0)], 5.0, -1) == Reach(4, at_most=True)
-    assert reach([(0, 1.0), (10, 3.0)], 2.0, 1) == Reach(5.0)  # where higher is better
-    assert reach([], 2.0, 1) == Reach(None)
+    assert first_crossing([(0, 10.0), (10, 0.0)], 5.0, -1) == Reach(5.0)
+    assert first_crossing([(0, 10.0), (10, 6.0), (20, 2.0), (30, 8.0)], 3.0, -1) == Reach(17.5)  # the first time
+    assert first_crossing([(0, 10.0), (10, 5.0)], 5.0, -1) == Reach(10.0)
+    assert first_crossing([(0, 10.0), (10, 5.0)], 4.9, -1) == Reach(None)
+    assert first_crossing([(4, 3.0), (10, 1.0)], 5.0, -1) == Reach(4, at_most=True)
+    assert first_crossing([(0, 1.0), (10, 3.0)], 2.0, 1) == Reach(5.0)  # where higher is better
+    assert first_crossing([], 2.0, 1) == Reach(None)
     for target in np.linspace(0.2, 0.9, 5):  # exp(-x) on straight lines of many points
         x = np.linspace(0, 3, 3001)
-        assert reach(list(zip(x, np.exp(-x), strict=True)), target, -1).at == pytest.approx(-math.log(target), abs=1e-6)
+        assert first_crossing(list(zip(x, np.exp(-x), strict=True)), target, -1).at == pytest.approx(
+            -math.log(target), abs=1e-6
+        )
 
 
 def test_the_speed_up_is_to_the_baselines_best_value_at_its_step():

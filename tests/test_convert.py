@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 import sample_ddp
-from checkpoint import load_sit
+from diffusion.samplers import guided_velocity, sample_ode
+from models.load import load_sit
 from models.sit import SiT, SiTConfig
-from samplers import guided_velocity, sample_ode
 from tests.stores import make_vae
 from tests.test_sit import reference_forward
 

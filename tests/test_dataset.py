@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from dataset import LatentDataset, LatentStoreWriter, StepSampler, shard_size
-from sealed import seal, unseal
+from dataset import LatentDataset, StepSampler
+from preprocessing.store_writer import LatentStoreWriter, shard_size
+from runtime.files import read_checksummed_json, to_checksummed_json
 from tests.stores import make_store
 
 META = {
@@ -144,8 +145,8 @@ def test_another_store_in_the_folder_is_refused(tmp_path):
 
 
 def edit(folder, **changes):
-    meta = unseal((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(seal(meta | changes))
+    meta = read_checksummed_json(folder / "meta.json")
+    (folder / "meta.json").write_text(to_checksummed_json(meta | changes))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,10 @@ def edit(folder, **changes):
         (lambda f: edit(f, count=8), "empty or damaged store"),
         (lambda f: edit(f, count=0, shards=[]), "empty or damaged store"),
         (lambda f: edit(f, scale=[0.0]), "positive scales"),
-        (lambda f: (f / "meta.json").write_text(seal({"format": "vae-repa-latents", "version": 1})), "lacks"),
+        (
+            lambda f: (f / "meta.json").write_text(to_checksummed_json({"format": "vae-repa-latents", "version": 1})),
+            "lacks",
+        ),
         (lambda f: (f / "moments-00001.npy").unlink(), "cannot read .*moments-00001.npy"),
         (lambda f: (f / "flips-00000.npy").write_bytes(b"x" * 9), "cannot read .*flips-00000.npy"),
         (lambda f: np.save(f / "moments-00001.npy", np.zeros((3, 4, 2, 2), np.float32)), r"expected float32 \(4, 4"),

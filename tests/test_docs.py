@@ -13,18 +13,18 @@ from pathlib import Path
 
 import pytest
 
-import cli
+from runtime import cli
 from tests.stores import make_store, make_vae
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = {
-    "train.py": ("train_config", "TrainConfig"), "sample_ddp.py": ("sample_config", "SampleConfig"),
+    "train.py": ("training.config", "TrainConfig"), "sample_ddp.py": ("sampling.config", "SampleConfig"),
     "preprocessing/dump_latents.py": ("preprocessing.dump_latents", "DumpConfig"),
     "preprocessing/import_latents.py": ("preprocessing.import_latents", "ImportConfig"),
     "evaluations.evaluate": ("evaluations.evaluate", "EvaluateConfig"),
     "analysis.sweep": ("analysis.sweep", "SweepConfig"), "analysis.doctor": ("analysis.doctor", "DoctorConfig"),
-    "analysis.cost": ("analysis.cost", "CostConfig"), "analysis.features": ("analysis.features", "FeaturesConfig"),
+    "analysis.cost": ("analysis.cost", "CostConfig"), "analysis.probe": ("analysis.probe", "FeaturesConfig"),
     "analysis.report": ("analysis.report", "ReportConfig"), "analysis.compare": ("analysis.compare", "CompareConfig"),
     "analysis.publish": ("analysis.publish", "PublishConfig"),
 }  # fmt: skip

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 from analysis import doctor
 from models.sit import SiT, SiTConfig
 from models.vae import LatentScale
-from tests.stores import make_store
+from runtime.files import sha256
+from tests.stores import make_store, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 INFO = {
@@ -33,7 +33,7 @@ def rows(*steps, **changes):
 def make_run(folder, steps=(10, 20), log=tuple(range(5, 21, 5))):
     sit = SiT(SiTConfig.from_name("SiT-Ti/4", 8, 4, 1))
     for step in steps:
-        checkpoint.save_checkpoint(folder, step, sit, sit, torch.optim.AdamW(sit.parameters()), INFO)
+        save_checkpoint(folder, step, sit, sit, torch.optim.AdamW(sit.parameters()), INFO)
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(*log)))
     return folder
 
@@ -105,7 +105,7 @@ def write_log(folder, lines):
 
 
 def test_samples_are_held_against_their_digest(tmp_path):
-    record = {"settings": {"num_samples": 3}, "npz_sha256": checkpoint.file_digest(Path(__file__))}
+    record = {"settings": {"num_samples": 3}, "npz_sha256": sha256(Path(__file__))}
     (tmp_path / "samples.json").write_text(json.dumps(record))
     (tmp_path / "samples.npz").write_bytes(Path(__file__).read_bytes())
     assert complaints(tmp_path) == []

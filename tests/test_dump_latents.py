@@ -17,7 +17,8 @@ from PIL import Image
 from dataset import LatentDataset
 from models.vae import encode_moments, load_vae
 from preprocessing import dump_latents
-from preprocessing.images import center_crop, decode, open_source
+from preprocessing.sources import open_source
+from runtime.images import center_crop, decode_image
 from tests.stores import make_vae
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,7 +118,7 @@ def check(source, made):
     assert source.names == sorted(made)
     assert source.labels == [["ant", "bee", "cat"].index(name.split("/")[0]) for name in sorted(made)]
     for index, name in enumerate(source.names):
-        assert np.array_equal(np.asarray(decode(source.read(index))), made[name])
+        assert np.array_equal(np.asarray(decode_image(source.read(index))), made[name])
 
 
 def test_class_folders_without_hidden_and_other_files(tmp_path):
@@ -201,17 +202,17 @@ def test_sources_that_are_none_are_refused(make, message, tmp_path):
 def test_unusual_files_are_read():
     rgb, grey = picture(20, 20), picture(20, 20, channels=1)
     reference = np.asarray(rgb).astype(int)
-    cmyk = decode(encoded(rgb.convert("CMYK"), "JPEG", quality=100))
+    cmyk = decode_image(encoded(rgb.convert("CMYK"), "JPEG", quality=100))
     assert np.abs(np.asarray(cmyk).astype(int) - reference).mean() < 3
-    assert np.array_equal(np.asarray(decode(encoded(grey)))[..., 1], np.asarray(grey))
+    assert np.array_equal(np.asarray(decode_image(encoded(grey)))[..., 1], np.asarray(grey))
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    assert np.array_equal(np.asarray(decode(encoded(deep)))[..., 2], np.asarray(grey))
+    assert np.array_equal(np.asarray(decode_image(encoded(deep)))[..., 2], np.asarray(grey))
     palette = rgb.quantize(64)
-    assert np.array_equal(np.asarray(decode(encoded(palette))), np.asarray(palette.convert("RGB")))
+    assert np.array_equal(np.asarray(decode_image(encoded(palette))), np.asarray(palette.convert("RGB")))
     clear = rgb.copy()
     clear.putalpha(7)
-    assert np.array_equal(np.asarray(decode(encoded(clear))), np.asarray(rgb))
-    assert all(decode(encoded(rgb, kind)).mode == "RGB" for kind in ("GIF", "WEBP", "BMP", "TIFF", "PPM"))
+    assert np.array_equal(np.asarray(decode_image(encoded(clear))), np.asarray(rgb))
+    assert all(decode_image(encoded(rgb, kind)).mode == "RGB" for kind in ("GIF", "WEBP", "BMP", "TIFF", "PPM"))
 
 
 @pytest.mark.parametrize(
@@ -219,14 +220,14 @@ def test_unusual_files_are_read():
 )
 def test_broken_files_are_told_from_images(content):
     with pytest.raises(OSError):  # noqa: PT011 - the words are Pillow's
-        decode(content)
+        decode_image(content)
 
 
 def test_image_bombs_are_refused():
     bomb = encoded(Image.new("1", (20_000, 20_000)))
     assert len(bomb) < 100_000
     with pytest.raises(OSError, match="decompression bomb"):
-        decode(bomb)
+        decode_image(bomb)
 
 
 # --------------------------------------------------------------------------------------------------------- entry point
@@ -279,7 +280,7 @@ def test_the_store_holds_the_moments_of_each_crop(images, vae, undisturbed):
     batch = store.__getitems__([0, 70, 149, 150 + 70])
     assert batch["label"].tolist() == [0, 1, 2, 1]
     for row, index in enumerate((0, 70, 149)):
-        crop = center_crop(decode(source.read(index)), 32)
+        crop = center_crop(decode_image(source.read(index)), 32)
         assert np.array_equal(batch["image"][row].numpy(), crop)
         moments = encode_moments(model, torch.from_numpy(crop)[None])[0]
         torch.testing.assert_close(batch["moments"][row], moments, rtol=1e-4, atol=1e-5)
@@ -405,7 +406,7 @@ def test_verify_draws_originals_above_decoded_latents(images, vae, tmp_path, cap
     drawn = np.asarray(Image.open(tmp_path / "store" / "verify.png"))
     assert drawn.shape == (2 * 34 + 2, 5 * 34 + 2, 3)
     source = open_source(images)
-    first = center_crop(decode(source.read(0)), 32)
+    first = center_crop(decode_image(source.read(0)), 32)
     assert np.array_equal(drawn[2:34, 2:34], first)
     assert "mean PSNR" in capsys.readouterr().out
 

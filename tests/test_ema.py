@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ema import update_ema
+from training.ema import update_ema
 
 
 def test_update_equals_the_formula_and_leaves_the_model_alone():

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-import cli
 from evaluations import evaluate, networks
-from evaluations.features import FeatureStatistics, extract_features
+from evaluations.evaluator import Evaluation, Settings
+from evaluations.feature_stats import FeatureStatistics, extract_features
 from evaluations.images import open_images
-from evaluations.measures import Evaluation, Settings
 from evaluations.metrics import frechet_distance, inception_score, precision_recall
 from evaluations.networks import FeatureNetwork
+from runtime import cli
 from tests.golden import adm_golden
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.faults import (
     contents,
-    harm_files,
+    corrupt_files,
     kill_many,
     launch,
     run_whole,
@@ -74,7 +74,7 @@ def test_killed_dumping_and_sampling_end_in_the_undisturbed_bytes(store, tmp_pat
 
 def test_flipped_bits_and_cut_files_are_found_and_never_a_traceback(store, tmp_path):
     files = sorted(path for path in store.iterdir() if path.is_file())
-    found = harm_files(files, lambda: something_is_wrong(store), 60, 20, random.Random(0))
+    found = corrupt_files(files, lambda: something_is_wrong(store), 60, 20, random.Random(0))
     assert (found["flips_found"], found["cuts_found"], found["tracebacks"]) == (60, 20, 0)
 
 
@@ -87,5 +87,5 @@ def test_flipped_bits_and_cut_checkpoints_are_found(store, tmp_path):
         )
     )  # fmt: skip
     files = sorted(path for path in (tmp_path / "run" / "checkpoints" / "0000001").iterdir())
-    found = harm_files(files, lambda: something_is_wrong(tmp_path / "run"), 40, 10, random.Random(0))
+    found = corrupt_files(files, lambda: something_is_wrong(tmp_path / "run"), 40, 10, random.Random(0))
     assert (found["flips_found"], found["cuts_found"], found["tracebacks"]) == (40, 10, 0)

@@ -14,11 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import dataset
 from dataset import LatentDataset
 from models.vae import load_vae, vae_digest
-from preprocessing import import_latents
-from runlog import read_log
+from preprocessing import import_latents, store_writer
+from reporting.log import read_log
 from tests.stores import make_vae
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,7 +138,7 @@ def test_a_stopped_import_goes_on_to_the_same_bytes(kind, tmp_path, monkeypatch)
     monkeypatch.setattr(import_latents, "BATCH", 20)
     imported(tmp_path / "dump", tmp_path / "whole")
     for stop in (1, 2, 4, 7):
-        append, calls = dataset.ShardWriter.append, []
+        append, calls = store_writer.ShardWriter.append, []
 
         def stopped(self, *args, append=append, calls=calls, stop=stop, **kwargs):
             if len(calls) == stop:
@@ -148,7 +147,7 @@ def test_a_stopped_import_goes_on_to_the_same_bytes(kind, tmp_path, monkeypatch)
             append(self, *args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(dataset.ShardWriter, "append", stopped)
+            patch.setattr(store_writer.ShardWriter, "append", stopped)
             with pytest.raises(KeyboardInterrupt):
                 imported(tmp_path / "dump", tmp_path / f"parts{stop}")
         assert not (tmp_path / f"parts{stop}" / "meta.json").exists()

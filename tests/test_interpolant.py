@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from interpolant import PATHS, Interpolant
+from diffusion.interpolant import PATHS, Interpolant
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from interpolant import PATHS, Interpolant
+from diffusion.interpolant import PATHS, Interpolant
 from loss import ALIGN_OBJECTIVES, Alignment, alignment_loss, training_loss
 
 

@@ -15,15 +15,15 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
 import train
+from alignment.registry import METHODS, normalize_tokens, parse_align, weight_schedule
 from dataset import LatentDataset, StepSampler
 from loss import Alignment
-from methods import METHODS, chosen, normalize_tokens, weight_schedule
+from models import load
 from models.encoders import ENCODERS, load_encoder
 from models.sit import SiT
-from runlog import read_log
-from seeding import step_generator
+from reporting.log import read_log
+from runtime.seeding import step_generator
 from tests.stores import ENCODER, make_encoder, make_store
 from tests.test_loss import loop
 from tests.test_train import run, same, settings, weights
@@ -162,7 +162,7 @@ def test_encoders_that_cannot_be_had_are_named(tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    monkeypatch.setattr("models.encoders.hub_answers", lambda: False)
+    monkeypatch.setattr("models.encoders.hub_is_reachable", lambda: False)
     assert "did you mean dinov2-vit-b" in refused("dinov2-vitb")
     assert "did you mean vit_tiny_patch16_224" in refused("vit_tiny_patch16_2244")
     assert "vision transformer with square patches" in refused("resnet50")
@@ -195,12 +195,12 @@ def test_sra_teacher_is_the_average_at_an_earlier_time_with_the_same_noise_and_l
     folder = run(data, tmp_path, max_train_steps=3, checkpointing_steps=1, keep_last=3, **options)
     for step in (1, 2):  # the average after `step` steps is the teacher of step number `step`
         call = spy.calls[step]
-        teacher, _ = checkpoint.load_sit(folder / "checkpoints" / f"{step:07d}")
+        teacher, _ = load.load_sit(folder / "checkpoints" / f"{step:07d}")
         lag = torch.rand(6, generator=step_generator(0, step, "lag"))
         times = torch.tensor([max(0.0, t - 0.2 * u) for t, u in zip(call.t.tolist(), lag.tolist(), strict=True)])
         angle = (times * math.pi / 2)[:, None, None, None]
         less_noised = angle.cos() * call.z + angle.sin() * call.eps
-        _, (expected,) = teacher(less_noised, times, call.y, taps=(4,))
+        _, (expected,) = teacher(less_noised, times, call.y, return_blocks=(4,))
         torch.testing.assert_close(call.targets["sra"], expected, rtol=1e-4, atol=1e-5)
         assert (call.y == 3).any()
         value = loop("smooth_l1", call.projected["sra"].double(), expected.double(), call.t, 0.05, 0, 1)
@@ -240,8 +240,8 @@ def test_the_first_velocity_loss_is_the_same_for_every_method(data, repa, tmp_pa
     }
     assert len({row["velocity"] for row in first.values()}) == 1
     for align, row in first.items():
-        assert {name for name in row if name.startswith("align_")} == {f"align_{name}" for name in chosen(align)}
-        for name in chosen(align):  # nor does one method change another
+        assert {name for name in row if name.startswith("align_")} == {f"align_{name}" for name in parse_align(align)}
+        for name in parse_align(align):  # nor does one method change another
             assert row[f"align_{name}"] == first[name][f"align_{name}"]
 
 
@@ -277,7 +277,7 @@ def test_align_none_runs_the_operators_of_a_plain_sit(data, tmp_path, monkeypatc
     run(data, tmp_path, align="none", max_train_steps=1, mixed_precision="no")
 
     torch.manual_seed(0)
-    sit = SiT(checkpoint.load_sit(tmp_path / "run")[0].config)
+    sit = SiT(load.load_sit(tmp_path / "run")[0].config)
     z, eps, t, y = torch.randn(6, 4, 8, 8), torch.randn(6, 4, 8, 8), torch.rand(6), torch.zeros(6, dtype=torch.long)
     plain = CountOperators()
     with plain:

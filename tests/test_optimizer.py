@@ -11,8 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from optimizer import gather_state, let_go, make_optimizer, own_share, refuse_if, settle
-from train_config import TrainConfig
+from training.config import TrainConfig
+from training.optimizer import (
+    consolidate_state,
+    fix_loaded_state,
+    local_optimizer,
+    make_optimizer,
+    release_process_group,
+    skip_step_if,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = TrainConfig(data_dir="", learning_rate=1e-2, adam_weight_decay=0.1, zero1=True)
@@ -29,8 +36,8 @@ def train(model, optimizer, first, last, refused=()):
         generator = torch.Generator().manual_seed(step)
         x, y = torch.randn(8, 7, generator=generator), torch.randn(8, 3, generator=generator)
         (model(x) - y).square().mean().backward()
-        if own_share(optimizer).defaults["fused"]:
-            refuse_if(optimizer, torch.tensor(float(step in refused)))
+        if local_optimizer(optimizer).defaults["fused"]:
+            skip_step_if(optimizer, torch.tensor(float(step in refused)))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -61,8 +68,8 @@ def divided(folder: Path) -> None:
 
     optimizer = make_optimizer(CONFIG, model.parameters())
     train(model, optimizer, 0, 6, refused=(2,))
-    share = sum(values["exp_avg"].numel() for values in own_share(optimizer).state.values())
-    gather_state(optimizer)
+    share = sum(values["exp_avg"].numel() for values in local_optimizer(optimizer).state.values())
+    consolidate_state(optimizer)
     gathered = optimizer.state_dict() if rank == 0 else None
     if rank == 0:
         assert gathered["state"].keys() == whole["state"].keys()
@@ -79,13 +86,13 @@ def divided(folder: Path) -> None:
     train(again, first, 0, 6, refused=(2,))
     continued = make_optimizer(CONFIG, again.parameters())
     continued.load_state_dict(whole)
-    settle(continued, 1e-2)
+    fix_loaded_state(continued, 1e-2)
     train(again, continued, 6, 12, refused=(7,))
     resumed = all(map(torch.equal, again.parameters(), plain.parameters()))
     total = sum(parameter.numel() for parameter in model.parameters())
     torch.save({"equal": equal, "resumed": resumed, "share": share, "total": total}, folder / f"{rank}.pt")
-    let_go(optimizer)
-    let_go(continued)
+    release_process_group(optimizer)
+    release_process_group(continued)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     sys.stdout.flush()
@@ -110,7 +117,7 @@ def test_divided_over_two_processes_it_does_the_same_with_half_the_moments(tmp_p
 def test_one_process_has_nothing_to_divide():
     optimizer = make_optimizer(CONFIG, network().parameters())
     assert type(optimizer) is torch.optim.AdamW
-    assert own_share(optimizer) is optimizer
+    assert local_optimizer(optimizer) is optimizer
 
 
 def test_a_changed_learning_rate_holds_after_loading():
@@ -119,12 +126,12 @@ def test_a_changed_learning_rate_holds_after_loading():
     train(model, optimizer, 0, 1)
     other = make_optimizer(CONFIG, network().parameters())
     other.load_state_dict(optimizer.state_dict())
-    settle(other, 0.5)
+    fix_loaded_state(other, 0.5)
     assert [group["lr"] for group in other.param_groups] == [0.5]
 
 
 def test_zero1_refuses_float16():
-    from train_config import resolve
+    from training.config import resolve
 
     store = SimpleNamespace(
         meta={"resolution": 32, "vae": "none"}, num_classes=3, has_flips=False

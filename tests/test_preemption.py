@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import checkpoints, latest_checkpoint
-from preemption import GO_ON, StopRequest
-from runlog import read_log
+from models.load import checkpoints, latest_checkpoint
+from reporting.log import read_log
 from tests.stores import make_store
 from tests.test_train import run, same, settings, weights
+from training.preemption import GO_ON, StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3000  # far more than are done before the signal

@@ -19,18 +19,19 @@ from huggingface_hub import ModelCard, metadata_load
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import checkpoint as checkpoints
-import cli
-import pipeline
 import sample_ddp
 import train
 from analysis import publish
+from models import load
 from models.sit import SiT, SiTConfig
 from models.vae import LatentScale, load_vae, vae_digest
-from pipeline import VAEREPAPipeline, class_numbers
-from runlog import read_log
-from tests.stores import make_store, make_vae
-from train_config import TrainConfig
+from reporting.log import read_log
+from runtime import cli
+from runtime.files import sha256
+from sampling import pipeline
+from sampling.pipeline import VAEREPAPipeline, class_numbers
+from tests.stores import make_store, make_vae, save_checkpoint
+from training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["crane", "goldfish, Carassius auratus", "crane", "Tench, Tinca tinca", "3"]
@@ -50,7 +51,7 @@ def make_checkpoint(folder, names=tuple(NAMES), **changes):
     }  # fmt: skip
     trained = copy.deepcopy(sit)
     torch.nn.init.zeros_(trained.final_layer.linear.weight)  # the average is what counts
-    return checkpoints.save_checkpoint(folder / "run", 7, trained, sit, None, info | changes)
+    return save_checkpoint(folder / "run", 7, trained, sit, None, info | changes)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def pixels(images):
 def test_the_folder_holds_the_averaged_weights_and_what_sampling_needs(checkpoint, published):
     assert {path.name for path in published.iterdir()} == {"config.json", "model.safetensors", "README.md", "vae"}
     assert (published / "model.safetensors").read_bytes() == (checkpoint / "ema.safetensors").read_bytes()
-    config, (sit, info) = json.loads((published / "config.json").read_text()), checkpoints.load_sit(checkpoint)
+    config, (sit, info) = json.loads((published / "config.json").read_text()), load.load_sit(checkpoint)
     assert {name: config[name] for name in sit.config.to_dict()} == sit.config.to_dict()
     expected = {
         "format": "vae-repa-model", "format_version": 1, "step": 7, "path_type": "linear", "resolution": 16,
@@ -156,7 +157,7 @@ def test_a_run_or_its_checkpoint_gives_the_same(trained, tmp_path):
 
 
 def test_what_is_saved_is_what_is_loaded(checkpoint, published, tmp_path):
-    sit, _ = checkpoints.load_sit(checkpoint)
+    sit, _ = load.load_sit(checkpoint)
     loaded = SiT.from_pretrained(published)
     copy.deepcopy(loaded).save_pretrained(tmp_path / "again")
     again = SiT.from_pretrained(str(tmp_path / "again"))
@@ -233,7 +234,7 @@ def test_the_hub_can_read_the_card(trained):
 
 def test_the_card_says_what_the_run_recorded(trained):
     card, rows = card_of(trained), rows_of(card_of(trained))
-    state = checkpoints.read_state(trained / "checkpoints" / "0000002")
+    state = load.read_state(trained / "checkpoints" / "0000002")
     last = read_log(trained)[-1]
     assert last["step"] == 2
     for name in ("loss", "velocity", "align_vae", "grad_norm"):
@@ -485,7 +486,7 @@ def test_another_vae_is_not_published(checkpoint, tmp_path, capsys):
 
 
 def test_without_a_hub_the_folder_is_kept(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("models.vae.hub_answers", lambda: False)
+    monkeypatch.setattr("models.vae.hub_is_reachable", lambda: False)
     folder = tmp_path / "out"
     line = refused(capsys, checkpoint, "--output-dir", folder, "--include-vae", "--push-to", "name/small")
     assert "the hub cannot be reached" in line
@@ -497,7 +498,7 @@ def test_without_a_hub_the_folder_is_kept(checkpoint, tmp_path, capsys, monkeypa
 
 def test_a_folder_is_pushed_as_it_is(checkpoint, tmp_path, capsys, monkeypatch):
     calls = []
-    monkeypatch.setattr("models.vae.hub_answers", lambda: True)
+    monkeypatch.setattr("models.vae.hub_is_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, **more: calls.append((name, more)))
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **more: calls.append(more))
     flags = ["--output-dir", tmp_path / "out", "--push-to", "name/small"]
@@ -516,7 +517,7 @@ def test_a_folder_is_pushed_as_it_is(checkpoint, tmp_path, capsys, monkeypatch):
 
 
 def test_the_pipeline_says_when_the_hub_does_not_answer(monkeypatch, tmp_path):
-    monkeypatch.setattr("pipeline.hub_answers", lambda: False)
+    monkeypatch.setattr("sampling.pipeline.hub_is_reachable", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=r"'name/absent-model' .the hub cannot be reached.*give a folder"):
         VAEREPAPipeline.from_pretrained("name/absent-model")
@@ -532,7 +533,7 @@ def test_a_fresh_process_loads_it_by_name_without_the_code_of_training(published
 import sys
 sys.modules["accelerate"] = None
 from pathlib import Path
-from pipeline import VAEREPAPipeline
+from sampling.pipeline import VAEREPAPipeline
 pipe = VAEREPAPipeline.from_pretrained("name/small")
 images = pipe([4, "goldfish"], num_inference_steps=2).images
 for index, image in enumerate(images):
@@ -728,7 +729,7 @@ def test_a_vae_that_was_not_recorded_is_taken_if_it_fits(tmp_path):
 
 
 def test_the_digest_is_that_of_checkpoints(published):
-    assert pipeline._digest(published / "model.safetensors") == checkpoints.file_digest(published / "model.safetensors")
+    assert pipeline._digest(published / "model.safetensors") == sha256(published / "model.safetensors")
 
 
 def test_help_does_not_wait_for_torch():

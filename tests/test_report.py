@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from analysis import page, report
-from analysis.page import thinned, write_report
-from analysis.runs import direction, distinct_names, evenly, hours, read_runs
-from evaluations.measures import METRICS
+from analysis import report
+from evaluations.evaluator import METRICS
+from reporting import page
+from reporting.page import thinned, write_report
+from reporting.runs import direction, distinct_names, evenly, hours, read_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -17,19 +17,19 @@ import pytest
 import torch
 from PIL import Image
 
-import cli
 import models.vae
 import sample_ddp
-import sample_folder
-from checkpoint import load_sit, save_checkpoint
-from interpolant import Interpolant
+from diffusion.interpolant import Interpolant
+from diffusion.samplers import block_noise, guided_velocity, sample_sde
+from models.load import load_sit
 from models.sit import SiT, SiTConfig
 from models.vae import LatentScale, decode_images, load_vae, vae_digest
-from sample_config import SampleConfig
-from sample_ddp import Drawer, draw_labels
-from samplers import block_noise, guided_velocity, sample_sde
-from seeding import BLOCK, block_generator
-from tests.stores import make_vae
+from runtime import cli
+from runtime.seeding import BLOCK, block_generator
+from sample_ddp import SampleGenerator, draw_labels
+from sampling import writer as sample_folder
+from sampling.config import SampleConfig
+from tests.stores import make_vae, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 K = 5
@@ -188,7 +188,7 @@ def test_another_batch_size_keeps_every_draw_and_changes_rounding_alone(checkpoi
 
 def test_a_stopped_run_draws_only_what_is_missing(checkpoint, whole, tmp_path, monkeypatch):
     output, drawn = tmp_path / "stopped", []
-    compute = Drawer.latents
+    compute = SampleGenerator.latents
 
     def count(self, batch):
         drawn.append(batch)
@@ -196,7 +196,7 @@ def test_a_stopped_run_draws_only_what_is_missing(checkpoint, whole, tmp_path, m
             raise Stopped
         return compute(self, batch)
 
-    monkeypatch.setattr(Drawer, "latents", count)
+    monkeypatch.setattr(SampleGenerator, "latents", count)
     with pytest.raises(Stopped):
         draw(checkpoint, output)
     assert [path.name for path in output.iterdir()] == ["partial"]
@@ -208,7 +208,7 @@ def test_a_stopped_run_draws_only_what_is_missing(checkpoint, whole, tmp_path, m
 def test_images_written_beside_the_drawing_are_those_drawn_one_after_the_other(checkpoint, whole):
     sit, info = load_sit(checkpoint)
     vae, settings = load_vae(info["vae"]), settings_of(checkpoint, "unused")
-    drawer = Drawer(settings, sit, vae, info, np.arange(K), torch.device("cpu"))
+    drawer = SampleGenerator(settings, sit, vae, info, np.arange(K), torch.device("cpu"))
     serial = [decode_images(vae, drawer.latents(batch).float(), info["scale"]).numpy() for batch in range(4)]
     with np.load(whole / "samples.npz") as archive:
         assert np.array_equal(np.concatenate(serial)[:56], archive["arr_0"])
@@ -476,7 +476,7 @@ def test_samples_of_other_settings_are_refused_by_name(checkpoint, whole, tmp_pa
     line = refused(capsys, arguments(checkpoint, whole, num_steps=4, labels="balanced"))
     assert "num_steps 3 -> 4; labels random -> balanced" in line
     assert "--output-dir" in line
-    monkeypatch.setattr(Drawer, "latents", lambda *_: (_ for _ in ()).throw(Stopped))
+    monkeypatch.setattr(SampleGenerator, "latents", lambda *_: (_ for _ in ()).throw(Stopped))
     with pytest.raises(Stopped):
         draw(checkpoint, tmp_path / "unfinished")
     line = refused(capsys, arguments(checkpoint, tmp_path / "unfinished", seed=1))
@@ -629,7 +629,7 @@ def test_measuring_while_drawing_gives_the_metrics_of_the_npz(checkpoint, whole,
     evaluate.main([*sides, "--features", "vae", "--vae", vae])
     expected = json.loads((tmp_path / "after.json").read_text())
 
-    output, drawn, compute = tmp_path / "out", [], Drawer.latents
+    output, drawn, compute = tmp_path / "out", [], SampleGenerator.latents
     flags = [*arguments(checkpoint, output, evaluate=reference, features="vae"), "--no-npz"]
 
     def stop_at_third(self, batch):
@@ -638,7 +638,7 @@ def test_measuring_while_drawing_gives_the_metrics_of_the_npz(checkpoint, whole,
             raise Stopped
         return compute(self, batch)
 
-    monkeypatch.setattr(Drawer, "latents", stop_at_third)
+    monkeypatch.setattr(SampleGenerator, "latents", stop_at_third)
     with pytest.raises(Stopped):
         sample_ddp.main(flags)
     sample_ddp.main(flags)

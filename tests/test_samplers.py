@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from interpolant import PATHS, Interpolant
+from diffusion.interpolant import PATHS, Interpolant
+from diffusion.samplers import guided_velocity, sample_ode, sample_sde
 from models.sit import SiT, SiTConfig
-from samplers import guided_velocity, sample_ode, sample_sde
 
 MEAN, STD = 1.5, 0.3  # of the data
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from models.vae import load_vae
-from preprocessing import images
-from preprocessing.images import ZipSource, decode
+from preprocessing import sources as images
+from preprocessing.sources import ZipSource
+from runtime.images import decode_image
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
@@ -60,7 +61,7 @@ def test_bombs_are_refused(tmp_path, monkeypatch):
     content = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(content, "PNG")  # 400 million pixels in 60 KB
     with pytest.raises(OSError, match="decompression bomb"):
-        decode(content.getvalue())
+        decode_image(content.getvalue())
     monkeypatch.setattr(images, "MAX_FILE_BYTES", 1000)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("cat/1.png", bytes(1001))
@@ -87,7 +88,7 @@ def test_what_pillow_raises_for_damaged_files_is_an_unreadable_file(error, monke
 
     monkeypatch.setattr(images.Image, "open", broken)
     with pytest.raises(OSError, match="inside"):
-        decode(b"x")
+        decode_image(b"x")
 
 
 @pytest.mark.parametrize("name", ["./vae", "/models/vae", "~/vae", "a/b/c", "../vae"])
@@ -95,7 +96,7 @@ def test_hub_names_that_look_like_paths_are_paths(name, monkeypatch):
     def asked():
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr("models.vae.hub_answers", asked)
+    monkeypatch.setattr("models.vae.hub_is_reachable", asked)
     with pytest.raises(ValueError, match=r"--vae: .*a path where there is nothing"):
         load_vae(name)
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import torch
 
-from seeding import block_generator, numpy_generator, step_generator
+from runtime.seeding import block_generator, numpy_generator, step_generator
 
 
 def numbers(make, *arguments):

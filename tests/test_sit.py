@@ -50,7 +50,7 @@ def test_every_size_builds_and_keeps_the_shape(size, patch, latent_size, channel
     with torch.device("meta"):
         model = SiT(config)
         x, t, y = torch.empty(2, channels, latent_size, latent_size), torch.empty(2), torch.empty(2, dtype=torch.long)
-        velocity, (tokens,) = model(x, t, y, taps=(2,))
+        velocity, (tokens,) = model(x, t, y, return_blocks=(2,))
     assert velocity.shape == x.shape
     assert tokens.shape == (2, config.num_tokens, config.hidden_size)
 
@@ -68,7 +68,7 @@ def test_state_dict_keys_are_those_of_sit_and_repa():
     assert set(SiT(TINY).state_dict()) == expected
 
 
-def reference_forward(weights, config, x, t, y, taps=()):
+def reference_forward(weights, config, x, t, y, return_blocks=()):
     """SiT written out in numpy, one sample and one head at a time, from the DiT and SiT papers."""
     w = {name: tensor.double().numpy() for name, tensor in weights.items()}
     D, heads, p = config.hidden_size, config.num_heads, config.patch_size
@@ -86,7 +86,7 @@ def reference_forward(weights, config, x, t, y, taps=()):
     def gelu(value):
         return 0.5 * value * (1 + np.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))
 
-    outputs, tapped = [], [[] for _ in taps]
+    outputs, kept = [], [[] for _ in return_blocks]
     for image, time, label in zip(x.double().numpy(), t.double().numpy(), y.numpy(), strict=True):
         tokens = np.empty((side * side, D))
         for row in range(side):
@@ -121,9 +121,9 @@ def reference_forward(weights, config, x, t, y, taps=()):
             tokens = tokens + gate1 * linear(f"{name}.attn.proj", attended)
             h = normalise(tokens) * (1 + scale2) + shift2
             tokens = tokens + gate2 * linear(f"{name}.mlp.fc2", gelu(linear(f"{name}.mlp.fc1", h)))
-            for place, depth in enumerate(taps):
+            for place, depth in enumerate(return_blocks):
                 if depth == i + 1:
-                    tapped[place].append(tokens)
+                    kept[place].append(tokens)
         shift, scale = np.split(linear("final_layer.adaLN_modulation.1", silu(c)), 2)
         patches = linear("final_layer.linear", normalise(tokens) * (1 + scale) + shift)
         output = np.empty((patches.shape[1] // p**2, *image.shape[1:]))
@@ -132,7 +132,7 @@ def reference_forward(weights, config, x, t, y, taps=()):
                 patch = patches[row * side + column].reshape(p, p, -1).transpose(2, 0, 1)
                 output[:, row * p : row * p + p, column * p : column * p + p] = patch
         outputs.append(output)
-    return np.stack(outputs), [np.stack(tokens) for tokens in tapped]
+    return np.stack(outputs), [np.stack(tokens) for tokens in kept]
 
 
 def test_forward_equals_an_independent_one_in_float64():
@@ -140,9 +140,9 @@ def test_forward_equals_an_independent_one_in_float64():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
     t, y = torch.tensor([0.2, 0.9], dtype=torch.float64), torch.tensor([0, 5])
-    velocity, tokens = model(x, t, y, taps=(3, 1))
+    velocity, tokens = model(x, t, y, return_blocks=(3, 1))
     # Fixed tables are float32 in the model: the agreement is that of the tables.
-    expected, expected_tokens = reference_forward(model.state_dict(), TINY, x, t, y, taps=(3, 1))
+    expected, expected_tokens = reference_forward(model.state_dict(), TINY, x, t, y, return_blocks=(3, 1))
     np.testing.assert_allclose(velocity.detach().numpy(), expected, rtol=1e-5, atol=2e-6)
     for found, wanted in zip(tokens, expected_tokens, strict=True):
         np.testing.assert_allclose(found.detach().numpy(), wanted, rtol=1e-5, atol=2e-6)
@@ -151,7 +151,7 @@ def test_forward_equals_an_independent_one_in_float64():
 def test_adaln_zero_makes_blocks_identities_and_the_output_zero():
     model = SiT(TINY)
     x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1, 5])
-    velocity, (first, last) = model(x, t, y, taps=(1, 3))
+    velocity, (first, last) = model(x, t, y, return_blocks=(1, 3))
     assert torch.equal(velocity, torch.zeros_like(x))
     assert torch.equal(first, last)
     assert torch.equal(first, model.x_embedder(x) + model.pos_embed)
@@ -160,14 +160,14 @@ def test_adaln_zero_makes_blocks_identities_and_the_output_zero():
 def test_taps_do_not_change_the_velocity():
     model = randomised(TINY)
     x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1, 5])
-    assert torch.equal(model(x, t, y), model(x, t, y, taps=(2,))[0])
+    assert torch.equal(model(x, t, y), model(x, t, y, return_blocks=(2,))[0])
 
 
 def test_tokens_are_the_taps_of_a_whole_pass():
     model = randomised(TINY)
     x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1, 5])
-    _, taps = model(x, t, y, taps=(1, 2, 3))
-    for depth, tap in enumerate(taps, start=1):
+    _, return_blocks = model(x, t, y, return_blocks=(1, 2, 3))
+    for depth, tap in enumerate(return_blocks, start=1):
         assert torch.equal(model.tokens(x, t, y, depth), tap)
 
 
@@ -175,12 +175,12 @@ def test_tokens_are_the_taps_of_a_whole_pass():
 def test_blocks_that_are_run_again_give_the_same_gradients_and_keep_less(every):
     x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1, 5])
     gradients, kept = [], []
-    for recompute in (0, every):
+    for checkpoint_every in (0, every):
         model = randomised(TINY)
-        model.recompute = recompute
+        model.checkpoint_every = checkpoint_every
         tensors = []
         with torch.autograd.graph.saved_tensors_hooks(lambda v, seen=tensors: seen.append(v.numel()) or v, lambda v: v):
-            velocity, (tokens,) = model(x, t, y, taps=(2,))
+            velocity, (tokens,) = model(x, t, y, return_blocks=(2,))
         (velocity.square().mean() + tokens.square().mean()).backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
         kept.append(sum(tensors))
@@ -200,7 +200,7 @@ def test_samples_of_a_batch_do_not_mix_and_the_null_class_is_its_own():
 def test_tokens_stay_in_bfloat16_under_autocast():
     model = randomised(TINY)
     with torch.autocast("cpu", torch.bfloat16):
-        _, tokens = model(torch.randn(1, 3, 8, 8), torch.rand(1), torch.tensor([0]), taps=(1, 2, 3))
+        _, tokens = model(torch.randn(1, 3, 8, 8), torch.rand(1), torch.tensor([0]), return_blocks=(1, 2, 3))
     assert [t.dtype for t in tokens] == [torch.bfloat16] * 3
 
 

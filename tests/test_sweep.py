@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import cli
 from analysis import sweep
 from analysis.sweep import SweepConfig, as_flags, read_table, results, write_table
-from sample_config import SampleConfig
+from runtime import cli
+from sampling.config import SampleConfig
 from tests.stores import make_store, make_vae
-from train_config import TrainConfig
+from training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "analysis" / "ablations.yaml"

@@ -19,12 +19,13 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import checkpoint
-import cli
 import train
-from runlog import read_log
+from models import load
+from reporting.log import read_log
+from runtime import cli
 from tests.stores import ENCODER, make_encoder, make_store, make_vae
-from train_config import FREE_ON_RESUME, TrainConfig
+from training import checkpoint
+from training.config import FREE_ON_RESUME, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,7 +73,7 @@ def run(data, output, **changes):
 
 
 def weights(folder, name="model"):
-    return load_file(checkpoint.latest_checkpoint(folder) / f"{name}.safetensors")
+    return load_file(load.latest_checkpoint(folder) / f"{name}.safetensors")
 
 
 def same(a, b):
@@ -85,7 +86,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(data, tmp_path):
     parts = run(data, tmp_path / "parts", max_train_steps=4)
     for name in ("model", "ema"):
         assert same(weights(whole, name), weights(parts, name))
-    a, b = (torch.load(checkpoint.latest_checkpoint(f) / "optimizer.pt", weights_only=True) for f in (whole, parts))
+    a, b = (torch.load(load.latest_checkpoint(f) / "optimizer.pt", weights_only=True) for f in (whole, parts))
     assert all(same(state, b["optimizer"]["state"][key]) for key, state in a["optimizer"]["state"].items())
     timeless = [
         [{k: v for k, v in row.items() if k not in ("images_per_second", "memory_gib", "eta_seconds")} for row in rows]
@@ -151,7 +152,7 @@ def test_a_run_with_divided_moments_equals_one_without_and_may_change_over(data,
     launched(2, *divided(exp_name="divided", max_train_steps=2))
     launched(2, *whole(exp_name="divided", max_train_steps=3))
     launched(2, *divided(exp_name="divided", max_train_steps=4))
-    expected, found = (checkpoint.latest_checkpoint(tmp_path / name) for name in ("whole", "divided"))
+    expected, found = (load.latest_checkpoint(tmp_path / name) for name in ("whole", "divided"))
     for file in ("model.safetensors", "ema.safetensors"):
         assert (expected / file).read_bytes() == (found / file).read_bytes()
     a, b = (torch.load(folder / "optimizer.pt", weights_only=True)["optimizer"] for folder in (expected, found))
@@ -162,7 +163,7 @@ def test_a_run_with_divided_moments_equals_one_without_and_may_change_over(data,
 def test_the_loss_is_that_of_the_store_and_the_step(data, tmp_path, monkeypatch):
     """The first step's inputs, made again here from the store's files and the documented generators."""
     from dataset import LatentDataset, StepSampler
-    from seeding import step_generator
+    from runtime.seeding import step_generator
 
     seen = {}
     compute = train.training_loss
@@ -259,14 +260,14 @@ def test_fine_tuning_starts_at_the_sources_average_with_fresh_moments(data, tmp_
     start = weights(source, "ema")
     assert near(weights(tuned, "ema"), start)
     assert near({k.removeprefix("sit."): v for k, v in weights(tuned).items() if k.startswith("sit.")}, start)
-    saved = torch.load(checkpoint.latest_checkpoint(tuned) / "optimizer.pt", weights_only=True)
+    saved = torch.load(load.latest_checkpoint(tuned) / "optimizer.pt", weights_only=True)
     assert saved["optimizer"]["state"][0]["step"] == 2
-    initial = checkpoint.read_state(checkpoint.latest_checkpoint(tuned))["initial"]
-    assert initial["digest"] == checkpoint.load_sit(source)[1]["digest"]
+    initial = load.read_state(load.latest_checkpoint(tuned))["initial"]
+    assert initial["digest"] == load.load_sit(source)[1]["digest"]
     # A run that goes on needs the source no more, and keeps its record.
     shutil.rmtree(source)
     run(data, tmp_path, init_from=source, learning_rate=1e-30, max_train_steps=3)
-    assert checkpoint.read_state(checkpoint.latest_checkpoint(tuned))["initial"] == initial
+    assert load.read_state(load.latest_checkpoint(tuned))["initial"] == initial
 
 
 def test_fine_tuning_on_other_classes_has_a_new_label_table(data, tmp_path, capsys):
@@ -363,8 +364,8 @@ def test_a_row_is_the_mean_of_its_steps(data, tmp_path):
 
 def test_checkpoints_every_k_steps_and_at_the_end_with_rotation(data, tmp_path):
     folder = run(data, tmp_path, max_train_steps=7, checkpointing_steps=2, keep_last=2, keep_every=4)
-    assert [int(path.name) for path in checkpoint.checkpoints(folder)] == [4, 6, 7]
-    sit, info = checkpoint.load_sit(folder)
+    assert [int(path.name) for path in load.checkpoints(folder)] == [4, 6, 7]
+    sit, info = load.load_sit(folder)
     assert (info["step"], info["resolution"], info["path_type"]) == (7, 32, "linear")
     assert sit.config.num_classes == 3
 
@@ -400,7 +401,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(data
         run(data, tmp_path, max_train_steps=19, checkpointing_steps=2, log_every=50, max_bad_steps=4)
     assert "\n" not in str(error.value)
     # Step 4 was in the middle of it: its weights are not kept as good ones.
-    assert [int(path.name) for path in checkpoint.checkpoints(tmp_path / "run")] == [2]
+    assert [int(path.name) for path in load.checkpoints(tmp_path / "run")] == [2]
 
 
 def spoil(monkeypatch, factors):
@@ -424,7 +425,7 @@ def test_a_step_that_is_not_finite_is_not_applied(term, data, tmp_path, monkeypa
         run(data, tmp_path, max_train_steps=4, checkpointing_steps=1, keep_last=9)
     # Step 3 is in trouble and not saved; step 4 continues from the weights and moments of step 2.
     monkeypatch.undo()
-    assert [int(path.name) for path in checkpoint.checkpoints(tmp_path / "run")] == [1, 2, 4]
+    assert [int(path.name) for path in load.checkpoints(tmp_path / "run")] == [1, 2, 4]
     rows = read_log(tmp_path / "run")
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 0]
     assert math.isnan(rows[2]["loss"])
@@ -446,7 +447,7 @@ def test_a_spike_is_reported_and_left_out_if_asked(skip, data, tmp_path, monkeyp
     rows = {row["step"]: row for row in read_log(folder)}
     assert [step for step, row in rows.items() if row["spikes"]] == [35]
     assert rows[35]["skipped_steps"] == skip
-    state = torch.load(checkpoint.latest_checkpoint(folder) / "optimizer.pt", weights_only=True)["optimizer"]
+    state = torch.load(load.latest_checkpoint(folder) / "optimizer.pt", weights_only=True)["optimizer"]
     assert {float(values["step"]) for values in state["state"].values()} == {35.0 if skip else 36.0}
 
 
@@ -534,7 +535,7 @@ def test_an_unstable_run_can_go_on_with_a_lower_learning_rate(data, tmp_path):
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "ema.safetensors", "state.json"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(name, data, tmp_path, plain):
     folder = run(data, tmp_path, label_dropout=0.5, checkpointing_steps=1)
-    file = checkpoint.latest_checkpoint(folder) / name
+    file = load.latest_checkpoint(folder) / name
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.warns(UserWarning, match=rf"damaged checkpoint: .*0000002.*{name}.*going back to .*0000001"):
         run(data, tmp_path, label_dropout=0.5, checkpointing_steps=1)
@@ -543,7 +544,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(name, data
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(data, tmp_path):
     folder = run(data, tmp_path, checkpointing_steps=1)
-    for path in checkpoint.checkpoints(folder):
+    for path in load.checkpoints(folder):
         (path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"expected a whole checkpoint in .*found 2 damaged; the newest: .*0000002"):
         run(data, tmp_path, max_train_steps=3)
@@ -564,7 +565,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(data, tmp_path, monkeypatc
     told = capsys.readouterr().err
     assert "warning: cannot write the checkpoint of step 2" in told
     assert "No space left on device" in told
-    assert [int(path.name) for path in checkpoint.checkpoints(folder)] == [1, 4]
+    assert [int(path.name) for path in load.checkpoints(folder)] == [1, 4]
     assert len(list((folder / "checkpoints").iterdir())) == 2  # nothing half-written takes up room
     calls[:] = [1] * 4
     with pytest.raises(ValueError, match=r"cannot write the checkpoint of step 5 .*last good one is .*0000004"):

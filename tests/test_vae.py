@@ -82,7 +82,7 @@ def test_scale_comes_from_the_config(folder):
 
 
 def test_an_absent_hub_is_named_at_once_without_a_warning(monkeypatch, recwarn):
-    monkeypatch.setattr("models.vae.hub_answers", lambda: False)
+    monkeypatch.setattr("models.vae.hub_is_reachable", lambda: False)
     with pytest.raises(
         ValueError, match=r"^--vae.*\(the hub cannot be reached\); without a network give a local folder"
     ):

@@ -6,10 +6,8 @@ A source lists its images once, in one order on every machine, and reads the byt
 from __future__ import annotations
 
 import glob
-import io
 import json
 import os
-import struct
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -17,11 +15,10 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
-# Only these are looked at; what is inside is decided by content, so that a PNG named .jpg is read.
+from runtime.images import EXTENSIONS, is_hidden, is_image
+
 MAX_FILE_BYTES = 2**30  # of a packed file: more would fill the memory before anything could be said of it
-EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
 
 class Source(Protocol):
@@ -78,15 +75,6 @@ def _by_class(names: list[str], location: Path) -> tuple[list[str], list[int], l
     return names, [ids[name.split("/", 1)[0]] for name in names], class_names
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))
-
-
-def _is_image(name: str) -> bool:
-    """Whether a file's name, without folders, is that of an image to be read."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS and not _is_hidden(name)
-
-
 class FolderSource:
     """Class folders, each of which may hold folders in turn."""
 
@@ -94,9 +82,9 @@ class FolderSource:
         self.folder = folder
         names = []
         for root, folders, files in os.walk(folder, followlinks=True):  # 1.3 million files: no Path for each
-            folders[:] = [name for name in folders if not _is_hidden(name)]
+            folders[:] = [name for name in folders if not is_hidden(name)]
             parts = Path(root).relative_to(folder).parts
-            names += ["/".join((*parts, name)) for name in files if _is_image(name)]
+            names += ["/".join((*parts, name)) for name in files if is_image(name)]
         self.names, self.labels, self.class_names = _by_class(names, folder)
 
     def read(self, index: int) -> bytes:
@@ -115,7 +103,7 @@ class ZipSource:
             raise ValueError(
                 f"--source: expected a folder, a zip or parquet files; {path} is no zip ({error})"
             ) from error
-        members = [m for m in members if _is_image(m.name) and not any(map(_is_hidden, m.parts))]
+        members = [m for m in members if is_image(m.name) and not any(map(is_hidden, m.parts))]
         depth = 0  # folders around all classes
         while (
             members and all(len(m.parts) > depth + 2 for m in members) and len({m.parts[depth] for m in members}) == 1
@@ -224,38 +212,3 @@ def _hub_class_names(metadata: dict[bytes, bytes]) -> list[str]:
         return list(json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"])
     except (KeyError, TypeError, ValueError):
         return []
-
-
-def decode(content: bytes) -> Image.Image:
-    """An RGB image from encoded bytes of any kind that Pillow reads: CMYK, grey, palette, 16 bits, transparency.
-
-    Raises:
-        OSError: the bytes are no whole image, or one of more than 179 million pixels.
-    """
-    try:
-        image = Image.open(io.BytesIO(content))
-        image.load()
-        if image.mode.startswith("I"):  # 16 bits in integers, which convert() would clip at 255
-            return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
-    except (
-        ValueError, SyntaxError, EOFError, IndexError, TypeError, OverflowError, struct.error, zlib.error,
-        Image.DecompressionBombError,
-    ) as error:  # fmt: skip
-        # What Pillow's readers raise for damaged files.
-        raise OSError(str(error)) from error
-
-
-def center_crop(image: Image.Image, size: int) -> np.ndarray:  # -> (R, R, 3) uint8
-    """ADM's crop, on which the field's numbers rest: halve by boxes, then bicubic, then the centre.
-
-    Args:
-        image: RGB, any size.
-        size: R, side of the result in pixels.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image)[top : top + size, left : left + size].copy()

@@ -12,17 +12,17 @@ from PIL import Image
 from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.metrics import r2_score
 
-import cli
-from analysis import features
-from analysis.features import BLOCK, FeaturesConfig, Probed
+from analysis import probe as features
+from analysis.probe import BLOCK, FeaturesConfig, Probed
 from analysis.similarity import Moments, cknna, fit_probe, linear_cka, principal_components, probe_r2
-from checkpoint import load_sit, save_checkpoint
 from dataset import LatentDataset
+from models.load import load_sit
 from models.sit import SiT, SiTConfig, patchify
 from models.vae import LatentScale, decode_images, encode_moments, load_vae, vae_digest
-from preprocessing.images import center_crop
-from seeding import block_generator
-from tests.stores import make_store, make_vae
+from runtime import cli
+from runtime.images import center_crop
+from runtime.seeding import block_generator
+from tests.stores import make_store, make_vae, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE, PATCH, DEPTH, K, COUNT = 8, 2, 3, 3, 24  # of the small network and store
@@ -378,7 +378,7 @@ def test_squares_of_the_picture_do_not_overlap():
 
 def test_the_numbers_are_those_of_the_formulas(run):
     """Through the whole store: which images are held out, which tokens are drawn, what goes into which measure."""
-    from seeding import numpy_generator
+    from runtime.seeding import numpy_generator
 
     indices, t = np.arange(COUNT), LEVELS[1]
     found = features.measure(probed(run), LatentDataset(run / "store"), indices)
@@ -458,9 +458,9 @@ def test_classes_come_from_the_store_if_they_are_the_networks(run, tmp_path, mon
     given = []
     forward = SiT.forward
 
-    def watched(self, x, t, y, taps=()):
+    def watched(self, x, t, y, return_blocks=()):
         given.append(y.clone())
-        return forward(self, x, t, y, taps)
+        return forward(self, x, t, y, return_blocks)
 
     monkeypatch.setattr(SiT, "forward", watched)
     shown = {"num_shown": 4, "noise_levels": (0.5,)}
@@ -694,7 +694,7 @@ def test_a_folder_that_cannot_be_is_refused(run, tmp_path):
 
 
 def test_the_command_line(run, tmp_path):
-    command = [sys.executable, "-m", "analysis.features", "--checkpoint", str(run / "run" / "checkpoints" / "0000007")]
+    command = [sys.executable, "-m", "analysis.probe", "--checkpoint", str(run / "run" / "checkpoints" / "0000007")]
     command += ["--data-dir", str(run / "store"), "--output-dir", str(tmp_path), "--device", "cpu"]
     done = subprocess.run([*command, "--depths", "9"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

@@ -1,6 +1,6 @@
 """Images from a published model, in the calling convention of diffusers.
 
-    from pipeline import VAEREPAPipeline
+    from sampling.pipeline import VAEREPAPipeline
 
     pipe = VAEREPAPipeline.from_pretrained("name/model")  # or a folder that `python -m analysis.publish` made
     pipe(class_labels=[207, 360], guidance_scale=4.0, seed=0).images[0].save("golden.png")
@@ -31,12 +31,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from interpolant import Interpolant
+from diffusion.interpolant import Interpolant
+from diffusion.samplers import block_noise, guided_velocity, solve
 from models.sit import SiT
-from models.vae import UNKNOWN_VAE, LatentScale, decode_images, hub_answers, load_vae, vae_digest, vae_factor
-from sample_config import SAMPLERS
-from samplers import block_noise, guided_velocity, solve
-from seeding import BLOCK
+from models.vae import UNKNOWN_VAE, LatentScale, decode_images, hub_is_reachable, load_vae, vae_digest, vae_factor
+from runtime.seeding import BLOCK
+from sampling.config import SAMPLERS
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -279,7 +279,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _digest(file: Path) -> str:
-    """SHA-256 of a file that is not empty, as `checkpoint.file_digest`, which would bring training's code."""
+    """SHA-256 of a file that is not empty, as `checkpoint.file_sha256`, which would bring training's code."""
     with open(file, "rb") as opened:
         if not file.stat().st_size:
             return hashlib.sha256().hexdigest()
@@ -299,7 +299,7 @@ def _fetch(path: str | Path, revision: str | None) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    offline = not hub_answers()
+    offline = not hub_is_reachable()
     files = ["config.json", "model.safetensors", "vae/*"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=offline))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from guard import LEAST, WINDOW, StepGuard
+from training.nonfinite import LEAST, WINDOW, StepGuard
 
 TERMS = ["loss", "velocity", "grad_norm"]
 
@@ -27,7 +27,7 @@ def test_decisions_medians_and_sums_are_those_of_a_plain_loop():
         window = [norm for at, norm in kept.items() if at > step - 1 - WINDOW]
         broken = not np.isfinite(values).all()
         spike = not broken and len(window) >= LEAST and values[2] > 5 * np.sort(window)[(len(window) - 1) // 2]
-        assert bool(guard.judge(step, torch.from_numpy(values))) == (broken or spike)
+        assert bool(guard.check(step, torch.from_numpy(values))) == (broken or spike)
         run = run + 1 if broken or spike else 0
         longest = max(longest, run)
         spikes += [values[2]] if spike else []
@@ -48,14 +48,14 @@ def test_decisions_medians_and_sums_are_those_of_a_plain_loop():
 def test_reading_begins_anew_but_a_row_of_bad_steps_goes_on():
     guard, bad, good = make(), torch.tensor([1.0, math.nan, 1.0]), torch.ones(3)
     for step, values in enumerate((good, bad, bad)):
-        guard.judge(step, values)
+        guard.check(step, values)
     verdict = guard.read()
     assert (verdict.longest_run, verdict.healthy, verdict.terms) == (2, False, ["velocity"])
-    guard.judge(3, bad)
+    guard.check(3, bad)
     verdict = guard.read()
     assert (verdict.longest_run, verdict.applied, verdict.first_skipped) == (3, 0, 4)
     assert math.isnan(verdict.means["loss"])
-    guard.judge(4, good)
+    guard.check(4, good)
     verdict = guard.read()
     assert (verdict.longest_run, verdict.healthy, verdict.skipped, verdict.first_skipped) == (0, True, 0, None)
     assert verdict.terms == []
@@ -65,8 +65,8 @@ def test_a_spike_is_reported_but_applied_unless_asked_otherwise():
     for skip in (False, True):
         guard = make(skip_spikes=skip)
         for step in range(LEAST):
-            assert guard.judge(step, torch.tensor([1.0, 1.0, 2.0])) == 0
-        assert guard.judge(LEAST, torch.tensor([1.0, 1.0, 11.0])) == skip
+            assert guard.check(step, torch.tensor([1.0, 1.0, 2.0])) == 0
+        assert guard.check(LEAST, torch.tensor([1.0, 1.0, 11.0])) == skip
         verdict = guard.read()
         assert (verdict.spikes, verdict.skipped, verdict.largest) == (1, int(skip), 5.5)
         assert verdict.terms == []
@@ -75,17 +75,17 @@ def test_a_spike_is_reported_but_applied_unless_asked_otherwise():
 def test_early_norms_are_no_spikes():
     guard = make()
     for step in range(LEAST - 1):
-        guard.judge(step, torch.ones(3))
-    assert guard.judge(LEAST - 1, torch.tensor([1.0, 1.0, 100.0])) == 0
+        guard.check(step, torch.ones(3))
+    assert guard.check(LEAST - 1, torch.tensor([1.0, 1.0, 100.0])) == 0
 
 
 def test_a_restored_guard_decides_as_the_first_one():
     guard, other = make(), make()
     for step in range(LEAST + 5):
-        guard.judge(step, torch.tensor([1.0, 1.0, 2.0]))
+        guard.check(step, torch.tensor([1.0, 1.0, 2.0]))
     other.load_state_dict(guard.state_dict())
     spike = torch.tensor([1.0, 1.0, 11.0])
-    assert other.judge(LEAST + 5, spike) == guard.judge(LEAST + 5, spike) == 1
+    assert other.check(LEAST + 5, spike) == guard.check(LEAST + 5, spike) == 1
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "float16's scaler"])

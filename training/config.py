@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli import REQUIRED, flag
+from runtime.cli import REQUIRED, flag
 
 if TYPE_CHECKING:
     from dataset import LatentDataset

@@ -16,8 +16,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from interpolant import Interpolant
-from seeding import BLOCK, block_generator
+from diffusion.interpolant import Interpolant
+from runtime.seeding import BLOCK, block_generator
 
 Velocity = Callable[[Tensor, float], Tensor]  # (x (N, ...) float64, t) -> (N, ...)
 

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from runtime.files import REQUIRED, Field
+
 Config = TypeVar("Config")
-REQUIRED: Any = object()  # default of a flag that must be given
 
 
 def flag(
@@ -29,6 +30,7 @@ def flag(
     aliases: tuple[str, ...] = (),
     choices: Sequence | None = None,
     metavar: str | None = None,
+    record: Field | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line flag.
 
@@ -39,8 +41,10 @@ def flag(
         group: heading under which `--help` lists the flag.
         aliases: other spellings, such as "--proj-coeff".
         choices: the allowed values.
+        record: how records that lack the field, or have it in an older form, are read; by default they have `default`.
     """
     metadata = {"help": help, "group": group, "aliases": aliases, "choices": choices, "metavar": metavar}
+    metadata["record"] = record
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -61,6 +65,13 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, descrip
 
     Exits with code 2 and one line on an unknown flag or key, a value of the wrong type, or a missing required flag.
     """
+    return parse_given(config_class, argv, description)[0]
+
+
+def parse_given(
+    config_class: type[Config], argv: Sequence[str] | None = None, description: str = ""
+) -> tuple[Config, frozenset[str]]:
+    """As `parse`; and the names of the fields that the user gave, in the config file or on the command line."""
     parser = _Parser(
         usage="%(prog)s [flags]", description=description, allow_abbrev=False, formatter_class=_HelpFormatter
     )
@@ -75,20 +86,21 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, descrip
         groups[title].add_argument(*_spellings(field), **_argument(field, hints[name]))
 
     given = _parse(parser, fields, argv)
-    values = {name: field.default for name, field in fields.items()}
+    from_file: dict[str, Any] = {}
     config_file = given.pop("config")
     if config_file:
         parser.source = f"--config {config_file}: "
-        values |= _parse(parser, fields, _yaml_to_flags(parser, config_file, fields, hints))
-        del values["config"]
-    values |= given
+        from_file = _parse(parser, fields, _yaml_to_flags(parser, config_file, fields, hints))
+        del from_file["config"]
+    given = from_file | given
+    values = {name: field.default for name, field in fields.items()} | given
     missing = [_spellings(fields[name])[0] for name, value in values.items() if value is REQUIRED]
     if missing:
         parser.error(f"missing {', '.join(missing)} (see --help)")
     for name, value in values.items():
         if isinstance(value, list):
             values[name] = tuple(value)
-    return config_class(**values)
+    return config_class(**values), frozenset(given)
 
 
 def _parse(parser: _Parser, fields: dict[str, dataclasses.Field], argv: Sequence[str] | None) -> dict[str, Any]:
@@ -194,5 +206,5 @@ def _raised_by_project(error: BaseException) -> bool:
     while trace.tb_next is not None:
         trace = trace.tb_next
     source = Path(trace.tb_frame.f_code.co_filename).resolve()
-    root = Path(__file__).resolve().parent
+    root = Path(__file__).resolve().parent.parent
     return source.is_relative_to(root) and not {".venv", "site-packages"} & set(source.relative_to(root).parts)

@@ -19,8 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import provenance
-from analysis.runs import (
+from reporting.runs import (
     Run,
     Samples,
     direction,
@@ -31,6 +30,7 @@ from analysis.runs import (
     read_runs,
     recipe_words,
 )
+from runtime import provenance
 
 MAX_RUNS = 32
 MAX_POINTS = 2000  # of a curve
@@ -128,7 +128,7 @@ def _number(value: Any) -> Any:
     return value if known else None
 
 
-def _say(value: Any, unit: str = "") -> str:
+def format_number(value: Any, unit: str = "") -> str:
     """A number to be read; the log's NaN are those of steps that were not applied."""
     if value is None:
         return "–"
@@ -168,20 +168,24 @@ def _overview(runs: list[Run]) -> str:
     for run in runs:
         last = run.rows[-1] if run.rows else {}
         asked = run.settings.get("max_train_steps")
-        facts = {"steps": f"{_say(last.get('step'))} of {_say(asked)}" if run.rows else "no rows in the log yet"}
+        facts = {
+            "steps": f"{format_number(last.get('step'))} of {format_number(asked)}"
+            if run.rows
+            else "no rows in the log yet"
+        }
         if run.rows:
-            facts |= {_title(name): _say(last.get(name)) for name in _terms(runs)}
-            facts["epochs"] = _say(last.get("epoch"))
-            facts["gradient norm"] = _say(last.get("grad_norm"))
-            facts["images a second"] = _say(last.get("images_per_second"))
-            facts["memory"] = _say(last.get("memory_gib"), " GiB")
+            facts |= {_title(name): format_number(last.get(name)) for name in _terms(runs)}
+            facts["epochs"] = format_number(last.get("epoch"))
+            facts["gradient norm"] = format_number(last.get("grad_norm"))
+            facts["images a second"] = format_number(last.get("images_per_second"))
+            facts["memory"] = format_number(last.get("memory_gib"), " GiB")
             if run.settings.get("batch_size"):
                 facts["time in training steps"] = _duration(3600 * hours(run.rows, run.settings["batch_size"])[-1])
             left = _number(last.get("eta_seconds"))
             if left and asked and last["step"] < asked:
                 facts["time left"] = _duration(left)
             for name, words in (("skipped_steps", "steps not applied"), ("spikes", "spikes of the gradient")):
-                facts[words] = _say(sum(_number(row.get(name)) or 0 for row in run.rows))
+                facts[words] = format_number(sum(_number(row.get(name)) or 0 for row in run.rows))
         facts["checkpoints"] = ", ".join(f"{step:,}" for step in evenly(run.checkpoints, 6)) or "none yet"
         if len(run.checkpoints) > 6:
             facts["checkpoints"] += f" (6 of {len(run.checkpoints)})"
@@ -402,7 +406,7 @@ def _metrics(runs: list[Run], others: list[Samples], data: dict[str, Any]) -> st
     for item in measured:
         groups.setdefault((item.samples.reference, item.samples.settings.get("num_samples")), []).append(item)
     for (reference, count), group in sorted(groups.items(), key=lambda item: -len(item[1])):
-        parts.append(f"<p>{_say(count)} images against {_escape(reference)}, {_count(len(group), 'set')}.</p>")
+        parts.append(f"<p>{format_number(count)} images against {_escape(reference)}, {_count(len(group), 'set')}.</p>")
         parts += _group(group, data, len({item.run for item in every}) > 1)
     waiting = [item for item in every if not item.samples.metrics]
     if waiting:
@@ -532,11 +536,11 @@ def _metrics_table(group: list[Measured], names: list[str], best: dict[str, Meas
     lines = []
     for item in group[:MAX_LINES]:
         samples = item.samples
-        cells = [_escape(item.run), _say(samples.step) if samples.step >= 0 else "–", f"{samples.scale:g}",
+        cells = [_escape(item.run), format_number(samples.step) if samples.step >= 0 else "–", f"{samples.scale:g}",
                  _escape(interval_words(samples)), _escape(samples.settings.get("sampler")),
                  _escape(samples.settings.get("num_steps"))]  # fmt: skip
         for name in names:
-            text = _say(samples.metrics.get(name))
+            text = format_number(samples.metrics.get(name))
             cells.append(f'<td class="best">{text}</td>' if best.get(name) is item else text)
         lines.append(cells)
     head = ["run", "step", "guidance", "guided on", "solver", "solver's steps", *map(_escape, names)]
@@ -569,7 +573,7 @@ def _pictures(every: list[Measured]) -> str:
 
 def _settings(runs: list[Run]) -> str:
     """Flags of training by their groups, folded; of several runs first those that differ."""
-    from train_config import TrainConfig
+    from training.config import TrainConfig
 
     groups: dict[str, list[str]] = {}
     known = {field.name: field.metadata["group"] for field in dataclasses.fields(TrainConfig)}

@@ -35,7 +35,7 @@ CHUNK = 1 << 22  # bytes copied at a time
 GRID = 64  # images in the picture
 
 
-class UnfinishedSamples:
+class SampleWriter:
     """The images of an unfinished folder, open for writing from several processes at once.
 
     Args:
@@ -120,7 +120,7 @@ class UnfinishedSamples:
             if self.npz:
                 write_npz(self.partial / "samples.npz", self.partial / "images.raw", self.shape, labels)
                 _flush(self.partial / "samples.npz")  # before the images it was made from are removed
-                record = record | {"npz_sha256": _file_digest(self.partial / "samples.npz")}
+                record = record | {"npz_sha256": _file_sha256(self.partial / "samples.npz")}
                 os.replace(self.partial / "samples.npz", self.folder / "samples.npz")
             write_grid(self.partial / "samples.png", self.partial / "images.raw", self.shape)
             os.replace(self.partial / "samples.png", self.folder / "samples.png")
@@ -157,7 +157,7 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _file_digest(path: Path) -> str:
+def _file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
@@ -265,7 +265,7 @@ def remove_partial(folder: str | Path) -> None:
 
 
 def create(folder: str | Path, settings: dict[str, Any]) -> None:
-    """Prepare an unfinished folder for `UnfinishedSamples`; one that is prepared already is left as it is.
+    """Prepare an unfinished folder for `SampleWriter`; one that is prepared already is left as it is.
 
     Raises:
         ValueError: not enough room for the images and samples.npz.

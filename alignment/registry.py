@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from interpolant import Interpolant
+from diffusion.interpolant import Interpolant
 from loss import Alignment
 from models.encoders import load_encoder
 from models.projector import ConvHead, Projector
 from models.sit import SiT, patchify
 
 if TYPE_CHECKING:
-    from train_config import TrainConfig
+    from training.config import TrainConfig
 
 REPA_LAYERS, REPA_WIDTH = 3, 2048  # of REPA's head
 SRA_LAYERS = 2  # of SRA's
@@ -41,12 +41,12 @@ class Batch:
     eps: Tensor  # (N, C, H, W) standard normal noise
     t: Tensor  # (N,) times in [0, 1]
     y: Tensor  # (N,) int64 classes, some dropped to the null class
-    lag: Tensor | None  # (N,) uniform in [0, 1), for a teacher that looks at an earlier time
+    t_offset: Tensor | None  # (N,) uniform in [0, 1), for a teacher that looks at an earlier time
     images: Tensor | None  # (N, R, R, 3) uint8 crops, where the store was opened with them
 
 
 @dataclass
-class Context:
+class AlignmentContext:
     """What a method is made from."""
 
     config: TrainConfig  # resolved
@@ -86,7 +86,7 @@ class Method:
         return {name if len(self.depths) == 1 else f"{name}_{depth}": depth for depth in self.depths}
 
 
-def vae(context: Context) -> Method:
+def vae(context: AlignmentContext) -> Method:
     """VAE-REPA: the clean latent, in the SiT's own patches, by smooth L1."""
     config, sit = context.config, context.sit.config
 
@@ -107,7 +107,7 @@ def vae(context: Context) -> Method:
     )
 
 
-def repa(context: Context) -> Method:
+def repa(context: AlignmentContext) -> Method:
     """REPA (Yu et al., 2024): the patch tokens that a frozen encoder gives for the image, by cosine."""
     config, sit = context.config, context.sit.config
     depths = _depths(context, config.repa_depth, "--repa-depth")  # before the weights are fetched
@@ -133,7 +133,7 @@ def repa(context: Context) -> Method:
     )
 
 
-def sra(context: Context) -> Method:
+def sra(context: AlignmentContext) -> Method:
     """SRA (Jiang et al., 2025): a later block of the moving average, which sees the same sample with less noise."""
     config, sit, ema = context.config, context.sit.config, context.ema
     (depth,) = _depths(context, (config.sra_teacher_depth,), "--sra-teacher-depth")
@@ -142,7 +142,7 @@ def sra(context: Context) -> Method:
             block.compile(fullgraph=True, dynamic=False)
 
     def target(batch: Batch) -> Tensor:  # -> (N, T, D)
-        t = (batch.t - config.sra_t_max * batch.lag).clamp(min=0)
+        t = (batch.t - config.sra_t_max * batch.t_offset).clamp(min=0)
         with context.autocast():
             return ema.tokens(context.interpolant.interpolate(batch.z, batch.eps, t), t, batch.y, depth)
 
@@ -155,10 +155,10 @@ def sra(context: Context) -> Method:
     )
 
 
-METHODS: dict[str, Callable[[Context], Method]] = {"vae": vae, "repa": repa, "sra": sra}
+METHODS: dict[str, Callable[[AlignmentContext], Method]] = {"vae": vae, "repa": repa, "sra": sra}
 
 
-def chosen(align: str) -> list[str]:
+def parse_align(align: str) -> list[str]:
     """Names of the methods that a value of `--align` joins, in the order of `METHODS`.
 
     Raises:
@@ -174,7 +174,7 @@ def chosen(align: str) -> list[str]:
     return [name for name in METHODS if name in names]
 
 
-def weight_schedule(schedule: str, context: Context, flag: str) -> Callable[[int], float]:
+def weight_schedule(schedule: str, context: AlignmentContext, flag: str) -> Callable[[int], float]:
     """The factor of a weight at each optimizer step (counted from 0).
 
         constant     1
@@ -216,7 +216,7 @@ def normalize_tokens(x: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
     return x / (x.square().mean(dim=1, keepdim=True).sqrt() + 1e-6)
 
 
-def _depths(context: Context, depths: tuple[int, ...], flag: str) -> tuple[int, ...]:
+def _depths(context: AlignmentContext, depths: tuple[int, ...], flag: str) -> tuple[int, ...]:
     """`depths`, once it is sure that the SiT has those blocks."""
     blocks = context.sit.config.depth
     if len(set(depths)) != len(depths) or not all(1 <= depth <= blocks for depth in depths):

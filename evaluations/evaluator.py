@@ -148,12 +148,12 @@ class Evaluation:
         self.references = self._empty(of_reference=True) if reference else {}
         self.reference_stored = self.measure(self.references, self.source, "reference") if reference else []
 
-    def begin_again(self) -> None:
+    def reset(self) -> None:
         """Forget the samples, not the reference: for another set of them."""
         self.samples = self._empty()
 
     def _empty(self, of_reference: bool = False, every: bool = False) -> dict:
-        from evaluations.features import FeatureStatistics
+        from evaluations.feature_stats import FeatureStatistics
 
         return {
             name: FeatureStatistics(
@@ -196,7 +196,7 @@ class Evaluation:
         return stored
 
     def _take_stored(self, statistics, source) -> list[str]:
-        from evaluations.features import MOMENT_NAMES
+        from evaluations.feature_stats import MOMENT_NAMES
 
         network = statistics.network
         if isinstance(source, StoredStatistics):

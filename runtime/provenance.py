@@ -27,7 +27,7 @@ def git_revision() -> str:
     """Commit of this project, with "+changes" if its code differs from it, or "unknown" outside a checkout."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+        command = ["git", "-C", str(Path(__file__).resolve().parent.parent), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
 
     code = (".", ":!benchmarks/results")  # what benchmarks write is no change of what they measure

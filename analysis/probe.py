@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cli
-from cli import REQUIRED, flag
+from runtime import cli
+from runtime.cli import REQUIRED, flag
 
 # torch and what imports it is imported where it is used, so that --help does not wait for it.
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class FeaturesConfig:
 
 
 @dataclass
-class LooseImages:
+class ImageFiles:
     """Images outside a store, cropped and encoded; indexed as a `LatentDataset` with images is."""
 
     names: list[str]
@@ -135,7 +135,7 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     Raises:
         ValueError: a path where there is nothing, or a folder without images.
     """
-    from preprocessing.images import EXTENSIONS
+    from runtime.images import EXTENSIONS
 
     files = []
     for path in map(Path, paths):
@@ -158,10 +158,10 @@ def read_crop(path: Path, size: int) -> np.ndarray:  # -> (R, R, 3) uint8
     Raises:
         ValueError: no image, or one much longer than wide.
     """
-    from preprocessing.images import center_crop, decode
+    from runtime.images import center_crop, decode_image
 
     try:
-        image = decode(path.read_bytes())
+        image = decode_image(path.read_bytes())
     except OSError as error:
         raise ValueError(
             f"--images: expected an image, found {path}, which cannot be read ({error}); leave it out"
@@ -174,7 +174,7 @@ def read_crop(path: Path, size: int) -> np.ndarray:  # -> (R, R, 3) uint8
     return center_crop(image, size)
 
 
-def encode_images(files: list[Path], size: int, vae: AutoencoderKL, null_class: int) -> LooseImages:
+def encode_images(files: list[Path], size: int, vae: AutoencoderKL, null_class: int) -> ImageFiles:
     """Crop and encode image files, without a class."""
     import numpy as np
     import torch
@@ -183,7 +183,7 @@ def encode_images(files: list[Path], size: int, vae: AutoencoderKL, null_class: 
 
     crops = torch.from_numpy(np.stack([read_crop(file, size) for file in files]))
     moments = torch.cat([encode_moments(vae, batch.to(vae.device)).cpu() for batch in crops.split(BLOCK)])
-    return LooseImages([file.name for file in files], moments, crops, null_class)
+    return ImageFiles([file.name for file in files], moments, crops, null_class)
 
 
 def pick_evenly(total: int, count: int) -> np.ndarray:  # -> (min(count, total),) int64
@@ -239,9 +239,9 @@ class Probed:
         """
         import torch
 
-        from interpolant import Interpolant
+        from diffusion.interpolant import Interpolant
         from models.sit import patchify
-        from seeding import block_generator
+        from runtime.seeding import block_generator
 
         mean, std = moments.to(self.device).chunk(2, dim=1)
         shape = (BLOCK, 2, *mean.shape[1:])
@@ -252,8 +252,8 @@ class Probed:
         if not self.with_classes:
             y = torch.full_like(y, self.sit.config.num_classes)
         with torch.no_grad():
-            _, tapped = self.sit(y_t, times, y.to(self.device), taps=self.depths)
-        tokens = {INPUT: patchify(y_t, self.sit.config.patch_size)} | dict(zip(self.depths, tapped, strict=True))
+            _, kept = self.sit(y_t, times, y.to(self.device), return_blocks=self.depths)
+        tokens = {INPUT: patchify(y_t, self.sit.config.patch_size)} | dict(zip(self.depths, kept, strict=True))
         for depth, x in tokens.items():
             if not x.isfinite().all():
                 what = "noised latents" if depth == INPUT else f"tokens of block {depth}"
@@ -261,14 +261,14 @@ class Probed:
         return tokens
 
 
-def batches(source: LatentDataset | LooseImages, indices: np.ndarray) -> Iterator[tuple[int, slice, dict[str, Tensor]]]:
+def batches(source: LatentDataset | ImageFiles, indices: np.ndarray) -> Iterator[tuple[int, slice, dict[str, Tensor]]]:
     """The images `indices` of a source in blocks: the block's number, its rows among `indices`, what is stored."""
     for block, begin in enumerate(range(0, len(indices), BLOCK)):
         rows = slice(begin, min(begin + BLOCK, len(indices)))
         yield block, rows, source.__getitems__(indices[rows])
 
 
-def measure(probed: Probed, source: LatentDataset | LooseImages, indices: np.ndarray) -> dict[str, np.ndarray]:
+def measure(probed: Probed, source: LatentDataset | ImageFiles, indices: np.ndarray) -> dict[str, np.ndarray]:
     """Each of `METRICS` for the input and each block (rows), and each noise level (columns): (1 + B, L) float64.
 
     The probe is fitted on three quarters of the images and measured on the others; CKA takes all tokens, and CKNNA
@@ -283,7 +283,7 @@ def measure(probed: Probed, source: LatentDataset | LooseImages, indices: np.nda
     import numpy as np
     from tqdm import tqdm
 
-    from seeding import numpy_generator
+    from runtime.seeding import numpy_generator
 
     T = probed.sit.config.num_tokens
     held_out = np.zeros(len(indices), bool)
@@ -373,7 +373,7 @@ def colours(scores: Tensor) -> np.ndarray:  # (T, 3) -> (side, side, 3) uint8
 
 
 def make_panels(
-    probed: Probed, source: LatentDataset | LooseImages, indices: np.ndarray, pictures: list[np.ndarray]
+    probed: Probed, source: LatentDataset | ImageFiles, indices: np.ndarray, pictures: list[np.ndarray]
 ) -> list[Panel]:
     """Principal components for each of the images, fitted to the tokens of that image, block and noise level alone.
 
@@ -409,8 +409,8 @@ def make_panels(
     return panels
 
 
-def _title(source: LatentDataset | LooseImages, index: int) -> str:
-    if isinstance(source, LooseImages):
+def _title(source: LatentDataset | ImageFiles, index: int) -> str:
+    if isinstance(source, ImageFiles):
         return source.names[index]
     return f"image {index}, class {source.class_names[int(source.labels[index])]}"
 
@@ -706,7 +706,7 @@ def look(config: FeaturesConfig) -> dict[str, Any]:
     Raises:
         ValueError: what is asked for is not there, or does not fit together.
     """
-    from checkpoint import load_sit
+    from models.load import load_sit
     from models.vae import UNKNOWN_VAE
 
     device = choose_device(config.device)
@@ -776,8 +776,8 @@ def describe(
     config: FeaturesConfig, info: dict[str, Any], probed: Probed, has_store: bool, num_measured: int
 ) -> dict[str, Any]:
     """What `features.json` says of how its numbers were made."""
-    import provenance
     from analysis.similarity import RIDGE
+    from runtime import provenance
 
     return {
         "settings": dataclasses.asdict(config),
@@ -815,7 +815,7 @@ def make_folder(config: FeaturesConfig, info: dict[str, Any]) -> Path:
 
 
 def originals(
-    source: LatentDataset | LooseImages,
+    source: LatentDataset | ImageFiles,
     indices: np.ndarray,
     decoder: Callable[[], AutoencoderKL],
     scale: LatentScale,

@@ -1,7 +1,7 @@
 import csv
 import json
 
-from runlog import RunLog, read_log
+from reporting.log import RunLog, read_log
 
 
 def row(step, loss=0.5):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cli import REQUIRED, flag
-from seeding import BLOCK
+from runtime.cli import REQUIRED, flag
+from runtime.seeding import BLOCK
 
 SAMPLERS = ("sde", "ode-euler", "ode-heun")
 NEIGHBOURS = 3  # of precision and recall, as in the ADM suite

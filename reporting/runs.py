@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runlog import read_log
+from reporting.log import read_log
 
 # Settings of sampling that make figures differ by more than chance; runs and steps are compared at equal ones.
 RECIPE = (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from train_config import TrainConfig
+    from training.config import TrainConfig
 
 
 def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -33,25 +33,25 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> t
     return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, parameters_as_bucket_view=False, **settings)
 
 
-def own_share(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The AdamW that this process steps: all of it, or its share."""
     return getattr(optimizer, "optim", optimizer)
 
 
-def refuse_if(optimizer: torch.optim.Optimizer, refused: Tensor) -> None:
+def skip_step_if(optimizer: torch.optim.Optimizer, refused: Tensor) -> None:
     """Let the next step do nothing, moments included, where `refused` () float32 is 1: AdamW looks on the device."""
-    own_share(optimizer).found_inf = refused
+    local_optimizer(optimizer).found_inf = refused
 
 
-def gather_state(optimizer: torch.optim.Optimizer) -> None:
+def consolidate_state(optimizer: torch.optim.Optimizer) -> None:
     """Bring the whole state to process 0, whose `state_dict` then gives it. All processes call it."""
-    if own_share(optimizer) is not optimizer:
+    if local_optimizer(optimizer) is not optimizer:
         optimizer.consolidate_state_dict(to=0)
 
 
-def settle(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+def fix_loaded_state(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Make a state that has just been loaded fit to go on from; the learning rate may have been changed since."""
-    own = own_share(optimizer)
+    own = local_optimizer(optimizer)
     for group in (*optimizer.param_groups, *own.param_groups):
         group["lr"] = learning_rate
     for parameter, values in own.state.items():
@@ -59,7 +59,7 @@ def settle(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
         values["step"] = values["step"].to(parameter.device)
 
 
-def let_go(optimizer: torch.optim.Optimizer) -> None:
+def release_process_group(optimizer: torch.optim.Optimizer) -> None:
     """Give up the group of processes before it is destroyed: held until Python ends, it aborts the process at times."""
-    if own_share(optimizer) is not optimizer:
+    if local_optimizer(optimizer) is not optimizer:
         optimizer.process_group = None

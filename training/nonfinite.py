@@ -13,7 +13,7 @@ LEAST = 32  # of them, before a norm is called a spike
 
 
 @dataclass
-class Verdict:
+class StepStats:
     """What `StepGuard.read` tells of the steps since it was last asked.
 
     Args:
@@ -43,7 +43,7 @@ class StepGuard:
     Everything is kept in tensors on the device, and read when a row of metrics is due. All processes decide alike.
 
     Args:
-        terms: names of what `judge` is given; the last is the gradient's norm.
+        terms: names of what `check` is given; the last is the gradient's norm.
         device: where the numbers are.
         spike_factor: a norm above this many running medians is a spike.
         skip_spikes: do not apply such steps.
@@ -63,7 +63,7 @@ class StepGuard:
         self.counts = torch.tensor([0.0, math.inf, 0.0, 0.0, 0.0], device=device)
         self.steps = 0
 
-    def judge(self, step: int, values: Tensor) -> Tensor:  # (terms,) -> ()
+    def check(self, step: int, values: Tensor) -> Tensor:  # (terms,) -> ()
         """1 if optimizer step `step`, counted from 0, must not be applied, else 0; float32, the same on all processes.
 
         Args:
@@ -92,7 +92,7 @@ class StepGuard:
         self.steps += 1
         return bad
 
-    def read(self) -> Verdict:
+    def read(self) -> StepStats:
         """What came of the steps since the last call, over all processes. Here the host waits for the device."""
         sums = self.sums.clone()
         if torch.distributed.is_initialized():
@@ -102,7 +102,7 @@ class StepGuard:
         count = len(self.terms)
         sums, bad, (applied, first, spikes, largest, longest, run) = numbers[:count], numbers[count:-6], numbers[-6:]
         means = [value / applied if applied else math.nan for value in sums]
-        verdict = Verdict(
+        verdict = StepStats(
             applied=int(applied),
             skipped=self.steps - int(applied),
             first_skipped=int(first) if math.isfinite(first) else None,

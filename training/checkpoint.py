@@ -1,0 +1,221 @@
+"""Checkpoints: folders that appear whole or not at all, whose files are verified when they are read.
+
+    <run>/checkpoints/0400000/
+        config.json          settings of the SiT
+        ema.safetensors      the averaged SiT: what is sampled from
+        model.safetensors    SiT and heads as trained
+        optimizer.pt         optimizer state, tensors and plain values only
+        state.json           step, settings of the run, latent scale, versions, git revision, digest of each file
+
+Nothing is ever unpickled: weights are safetensors, and `optimizer.pt` is read with `weights_only=True`. So are the
+files of other projects, which `load_sit` takes as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from models.load import FORMAT, VERSION, checkpoints, latest_checkpoint, load_weights, read_state, verified_file
+from models.sit import SiT
+from runtime.files import fsync, sha256, to_checksummed_json
+
+
+def snapshot(
+    model: nn.Module,
+    ema: SiT,
+    optimizer: torch.optim.Optimizer | None,
+    scaler: torch.amp.GradScaler | None = None,
+    guard: dict[str, torch.Tensor] | None = None,
+) -> dict[str, Any]:
+    """Copies in host memory of all that a checkpoint holds: training may go on while they are written.
+
+    Args:
+        model: the trained module, not wrapped by DDP.
+        ema: the average to sample from.
+        optimizer: of `model`; `None` leaves `optimizer.pt` out (such a checkpoint can be sampled from, not resumed).
+        scaler: of float16 training.
+        guard: what else the next step depends on.
+    """
+    state = None
+    if optimizer is not None:
+        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None, "guard": guard}
+    content = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": state}
+    copies = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True).contiguous(), content)
+    return copies | {"config": ema.config}
+
+
+def write_checkpoint(run_dir: str | Path, step: int, content: dict[str, Any], info: dict[str, Any]) -> Path:
+    """Write `<run_dir>/checkpoints/<step>` under a temporary name, flush it to the disk, and rename it.
+
+    Args:
+        run_dir: the run's folder.
+        step: optimizer steps done.
+        content: as `snapshot` gives it.
+        info: JSON values that sampling and resuming need: at least `scale` (`LatentScale.to_dict()`), `vae`,
+            `vae_digest`, `resolution`, `class_names`, `path_type`.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder = Path(run_dir) / "checkpoints" / f"{step:07d}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+    try:
+        partial.mkdir()
+        (partial / "config.json").write_text(json.dumps(content["config"].to_dict(), indent=2) + "\n")
+        save_file(content["ema"], partial / "ema.safetensors")
+        save_file(content["model"], partial / "model.safetensors")
+        if content["optimizer"] is not None:
+            torch.save(content["optimizer"], partial / "optimizer.pt")
+        digests = {file.name: sha256(file) for file in sorted(partial.iterdir())}
+        state = {"format": FORMAT, "version": VERSION, "step": step, **info, "digests": digests}
+        (partial / "state.json").write_text(to_checksummed_json(state))
+        for file in partial.iterdir():
+            fsync(file)
+        fsync(partial)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step, which a resumed run makes again
+        os.replace(partial, folder)
+        fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # above all on a full disk
+        raise
+    return folder
+
+
+class CheckpointWriter:
+    """Writes checkpoints of a run in a thread, one at a time, and rotates them.
+
+    One that cannot be written is reported, what there was stays whole, and training goes on to try again at the next.
+    """
+
+    def __init__(self, run_dir: str | Path, keep_last: int, keep_every: int):
+        self.run_dir, self.keep_last, self.keep_every = Path(run_dir), keep_last, keep_every
+        self.thread: threading.Thread | None = None
+        self.error: ValueError | None = None
+
+    def save(self, step: int, content: dict[str, Any], info: dict[str, Any]) -> None:
+        """Begin to write; waits only for an earlier one that is still being written."""
+        self.wait()
+        self.thread = threading.Thread(target=self._write, args=(step, content, info), name="checkpoint writer")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        if self.thread is not None:
+            self.thread.join()
+
+    def finish(self) -> None:
+        """`wait`, then:
+
+        Raises:
+            ValueError: the last checkpoint could not be written.
+        """
+        self.wait()
+        if self.error is not None:
+            raise self.error
+
+    def _write(self, step: int, content: dict[str, Any], info: dict[str, Any]) -> None:
+        try:
+            write_checkpoint(self.run_dir, step, content, info)
+            self.error = None
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap what the system says
+            saved = latest_checkpoint(self.run_dir)
+            self.error = ValueError(
+                f"cannot write the checkpoint of step {step} to {self.run_dir} ({' '.join(str(error).split())[:200]}); "
+                f"the last good one is {saved or 'none'}; make room on the disk"
+            )
+            print(f"warning: {self.error}; training goes on", file=sys.stderr, flush=True)
+            return
+        rotate_checkpoints(self.run_dir, self.keep_last, self.keep_every)
+
+
+def rotate_checkpoints(run_dir: str | Path, keep_last: int, keep_every: int) -> None:
+    """Delete all but the `keep_last` newest checkpoints and those whose step `keep_every` divides (0: none of them)."""
+    for path in checkpoints(run_dir)[:-keep_last]:
+        if not (keep_every and int(path.name) % keep_every == 0):
+            doomed = path.with_name(f".{path.name}.partial")  # so that a kill in between leaves no half checkpoint
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+
+
+def latest_valid_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint whose files have their recorded digests; damaged ones are named and passed over.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    errors = []
+    for folder in reversed(checkpoints(run_dir)):
+        try:
+            verify_checkpoint(folder)
+        except ValueError as error:
+            errors.append(error)
+            continue
+        if errors:
+            warnings.warn(f"{errors[0]}: going back to {folder}", stacklevel=2)
+        return folder
+    if errors:
+        raise ValueError(
+            f"expected a whole checkpoint in {run_dir}, found {len(errors)} damaged; the newest: {errors[0]}"
+        )
+    return None
+
+
+def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint, once the digests of all files have been compared.
+
+    Raises:
+        ValueError: one is missing, or damaged.
+    """
+    state = read_state(folder)
+    for name in state["digests"]:
+        verified_file(Path(folder), name, state)
+    return state
+
+
+def load_checkpoint(
+    folder: str | Path,
+    model: nn.Module,
+    ema: SiT,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+    verify: bool = True,
+) -> dict[str, torch.Tensor] | None:
+    """Put a checkpoint's values into the training objects, in place; gives what `snapshot` was given as `guard`.
+
+    Every file's digest is compared before any of the objects is changed, unless `verify` says that it just has been.
+
+    Raises:
+        ValueError: a file is missing, damaged, or of another architecture.
+    """
+    folder = Path(folder)
+    state = read_state(folder)
+    names = ("model.safetensors", "ema.safetensors", "optimizer.pt")
+    model_file, ema_file, optimizer_file = (
+        verified_file(folder, name, state) if verify else folder / name for name in names
+    )
+    load_weights(model, model_file)
+    load_weights(ema, ema_file)
+    try:
+        saved = torch.load(optimizer_file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"damaged checkpoint: cannot read {optimizer_file}; use an older one") from error
+    optimizer.load_state_dict(saved["optimizer"])
+    if scaler is not None and saved["scaler"] is not None:
+        scaler.load_state_dict(saved["scaler"])
+    return saved["guard"]
