@@ -25,17 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reporting.runs import (
-    Run,
-    Samples,
-    direction,
-    evenly,
-    hours,
-    preferred,
-    read_json,
-    read_runs,
-    recipe_words,
-)
+from reporting.runs import Run, Samples, direction, evenly, hours, preferred, read_json, read_runs, recipe_words
 from runtime import cli
 from runtime.cli import REQUIRED, flag
 

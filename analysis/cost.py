@@ -256,10 +256,7 @@ def plan(rows: list[dict[str, Any]], machine: str) -> str:
         checkpoint = (12 * total + 4 * counts["parameters"]) / 1e9
         passes = SAMPLING[0] * (1 + SAMPLING[1])
         sampled = 3 * speed * counts["multiply_adds"] / (passes * counts["sit_multiply_adds"])
-        for what, seconds in (
-            (f"{STEPS:,} steps", STEPS * BATCH / speed),
-            (f"{SAMPLES:,} samples", SAMPLES / sampled),
-        ):
+        for what, seconds in ((f"{STEPS:,} steps", STEPS * BATCH / speed), (f"{SAMPLES:,} samples", SAMPLES / sampled)):
             hours = " | ".join(f"{seconds / 3600 / gpus:.3g}" for gpus in GPUS)
             place = [f"{states:.1f} GiB", f"store 42 GB, a checkpoint {checkpoint:.1f} GB"]
             place = place if "steps" in what else ["", "9.8 GB"]

@@ -126,12 +126,7 @@ class Evaluation:
     """
 
     def __init__(
-        self,
-        networks: Iterable,
-        reference: str | None,
-        settings: Settings,
-        progress: bool = True,
-        saving: bool = False,
+        self, networks: Iterable, reference: str | None, settings: Settings, progress: bool = True, saving: bool = False
     ):
         self.settings, self.progress = settings, progress
         self.networks = {network.name: network for network in networks}

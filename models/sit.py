@@ -22,13 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # name: (depth, hidden size, heads). S to XL are those of DiT and SiT; Ti is for tests and the demo.
-SIT_SIZES = {
-    "Ti": (6, 192, 3),
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-}
+SIT_SIZES = {"Ti": (6, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PATCH_SIZES = (1, 2, 4, 8)
 TIME_FREQUENCIES = 256
 

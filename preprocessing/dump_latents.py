@@ -28,14 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset import LatentDataset, read_meta
-from models.vae import (
-    decode_images,
-    encode_moments,
-    load_vae,
-    scale_from_config,
-    vae_digest,
-    vae_factor,
-)
+from models.vae import decode_images, encode_moments, load_vae, scale_from_config, vae_digest, vae_factor
 from preprocessing.latent_scale import latent_statistics, measured_scale, scaled_deviation
 from preprocessing.sources import Source, open_source
 from preprocessing.store_writer import LatentStoreWriter, ShardWriter, shard_size

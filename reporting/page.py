@@ -19,17 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from reporting.runs import (
-    Run,
-    Samples,
-    direction,
-    evenly,
-    hours,
-    interval_words,
-    preferred,
-    read_runs,
-    recipe_words,
-)
+from reporting.runs import Run, Samples, direction, evenly, hours, interval_words, preferred, read_runs, recipe_words
 from runtime import provenance
 
 MAX_RUNS = 32

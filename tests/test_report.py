@@ -496,10 +496,7 @@ def test_the_slider_and_the_buttons_work(shown):
                  raw: figure.querySelectorAll("path.raw").length, legend: figure.querySelector(".legend").textContent };
     """
     found = probe(shown, script)
-    assert found["seen"] == [
-        [[f"{EVIL} at step 100"], ["other at step 100"]],
-        [[f"{EVIL} at step 500"], ["missing"]],
-    ]
+    assert found["seen"] == [[[f"{EVIL} at step 100"], ["other at step 100"]], [[f"{EVIL} at step 500"], ["missing"]]]
     assert found["output"] == "step 500"
     assert found["pieces"] == 2  # a gap where a row is not finite
     assert (found["label"], found["changed"], found["raw"]) == ("log", True, 2)

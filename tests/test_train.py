@@ -102,13 +102,7 @@ def spied(data, folder, processes, accumulation):
     flags = settings(data, folder, max_train_steps=3, batch_size=8, gradient_accumulation_steps=accumulation)
     command = [sys.executable, str(ROOT / "tests" / "spy_train.py"), *flags]
     if processes > 1:
-        command[:1] = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-        ]
+        command[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"SPY_DIR": str(folder), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
