@@ -30,6 +30,7 @@ def flag(
     aliases: tuple[str, ...] = (),
     choices: Sequence | None = None,
     metavar: str | None = None,
+    positional: bool = False,
     record: Field | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line flag.
@@ -41,10 +42,11 @@ def flag(
         group: heading under which `--help` lists the flag.
         aliases: other spellings, such as "--proj-coeff".
         choices: the allowed values.
+        positional: it may also be given without its name, before all flags: `program a b --other 1`.
         record: how records that lack the field, or have it in an older form, are read; by default they have `default`.
     """
     metadata = {"help": help, "group": group, "aliases": aliases, "choices": choices, "metavar": metavar}
-    metadata["record"] = record
+    metadata |= {"positional": positional, "record": record}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -72,12 +74,14 @@ def parse_given(
     config_class: type[Config], argv: Sequence[str] | None = None, description: str = ""
 ) -> tuple[Config, frozenset[str]]:
     """As `parse`; and the names of the fields that the user gave, in the config file or on the command line."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    positional = next((field for field in fields.values() if field.metadata["positional"]), None)
+    usage = positional.name.upper() + " " if positional else ""
     parser = _Parser(
-        usage="%(prog)s [flags]", description=description, allow_abbrev=False, formatter_class=_HelpFormatter
+        usage=f"%(prog)s {usage}[flags]", description=description, allow_abbrev=False, formatter_class=_HelpFormatter
     )
     parser.add_argument("--config", metavar="YAML", help="file that sets any of the flags below (key: value)")
     hints = typing.get_type_hints(config_class)
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
     groups = {}
     for name, field in fields.items():
         title = field.metadata["group"]
@@ -85,6 +89,9 @@ def parse_given(
             groups[title] = parser.add_argument_group(title)
         groups[title].add_argument(*_spellings(field), **_argument(field, hints[name]))
 
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if positional and argv and not argv[0].startswith("-"):
+        argv.insert(0, _spellings(positional)[0])
     given = _parse(parser, fields, argv)
     from_file: dict[str, Any] = {}
     config_file = given.pop("config")
