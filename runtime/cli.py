@@ -78,7 +78,10 @@ def parse_given(
     positional = next((field for field in fields.values() if field.metadata["positional"]), None)
     usage = positional.name.upper() + " " if positional else ""
     parser = _Parser(
-        usage=f"%(prog)s {usage}[flags]", description=description, allow_abbrev=False, formatter_class=_HelpFormatter
+        usage=f"%(prog)s {usage}[flags]",
+        description=description.partition("\n")[0],
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", metavar="YAML", help="file that sets any of the flags below (key: value)")
     hints = typing.get_type_hints(config_class)
