@@ -50,6 +50,18 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def check(config: Any, name: str, holds: bool, expected: str) -> None:
+    """Refuse a setting that does not hold what it must.
+
+    Raises:
+        ValueError: it does not; names the flag, what was expected and what came.
+    """
+    if not holds:
+        found = getattr(config, name)
+        found = " ".join(map(str, found)) if isinstance(found, tuple) else found
+        raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, found {found}")
+
+
 class _Parser(argparse.ArgumentParser):
     source = ""  # named in errors: where the values that are being read come from
 

@@ -1,0 +1,158 @@
+"""What an alignment method is, what it is built from, and what training gets of it.
+
+Shape suffixes: N batch, C latent channels, H = W latent side, R image side, T tokens, D numbers per token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from alignment.settings import AlignmentSettings
+from diffusion.interpolant import Interpolant
+from loss import Alignment
+from models.sit import SiT
+
+
+@dataclass
+class Batch:
+    """What a target can be made of: all that one micro-batch holds, on the device of the rank."""
+
+    z: Tensor  # (N, C, H, W) scaled posterior sample, which is noised
+    mean: Tensor  # (N, C, H, W) scaled posterior mean
+    eps: Tensor  # (N, C, H, W) standard normal noise
+    t: Tensor  # (N,) times in [0, 1]
+    y: Tensor  # (N,) int64 classes, some dropped to the null class
+    t_offset: Tensor | None  # (N,) uniform in [0, 1), where a method needs "t_offset"
+    images: Tensor | None  # (N, R, R, 3) uint8 crops, where a method needs "images"
+
+
+@dataclass
+class AlignmentContext:
+    """What a method is built from."""
+
+    settings: AlignmentSettings  # with every None decided
+    sit: SiT
+    ema: SiT
+    interpolant: Interpolant
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager]
+    steps_per_epoch: float
+    resolution: int  # of the images, in pixels
+    compile: bool
+
+
+@dataclass
+class AlignmentTerms:
+    """The terms of the loss that one method adds: one per aligned block, all with the same target.
+
+    Args:
+        depths: blocks whose tokens are aligned, counted from 1; the weight is divided among them.
+        make_head: a new head for the tokens of one of them.
+        alignment: weight, objective, beta and time range.
+        schedule: optimizer step -> factor of the weight.
+        target: batch -> (N, T, D), called under no_grad.
+    """
+
+    depths: tuple[int, ...]
+    make_head: Callable[[], nn.Module]
+    alignment: Alignment
+    schedule: Callable[[int], float]
+    target: Callable[[Batch], Tensor]
+
+    def alignment_at(self, step: int) -> Alignment:
+        """The settings of each term at an optimizer step, counted from 0."""
+        weight = self.alignment.weight * self.schedule(step) / len(self.depths)
+        return dataclasses.replace(self.alignment, weight=weight)
+
+    def term_names(self, method: str) -> dict[str, int]:
+        """Depth by name of term: a single depth bears the method's own name."""
+        return {method if len(self.depths) == 1 else f"{method}_{depth}": depth for depth in self.depths}
+
+
+@dataclass(frozen=True)
+class AlignmentMethod:
+    """An entry of the registry: what `--align` can name.
+
+    Args:
+        label: its name in tables and model cards.
+        build: makes its terms.
+        needs: what it needs of a batch beside latents, noise, times and labels: "images", "t_offset".
+        default_depths: {setting: {SiT size: value}} for the settings that are None unless the user gives them.
+        external: the setting that names a network which must be downloaded, or None.
+        depth_setting: the setting that holds the depths of the aligned blocks, or None if they are fixed.
+    """
+
+    label: str
+    build: Callable[[AlignmentContext], AlignmentTerms]
+    needs: frozenset[str] = frozenset()
+    default_depths: Mapping[str, Mapping[str, int | tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+    external: str | None = None
+    depth_setting: str | None = None
+
+
+def check_depths(context: AlignmentContext, depths: tuple[int, ...], flag: str) -> tuple[int, ...]:
+    """`depths`, once it is sure that the SiT has those blocks.
+
+    Raises:
+        ValueError: it has not, or a block is named twice; the message names `flag`.
+    """
+    blocks = context.sit.config.depth
+    if len(set(depths)) != len(depths) or not all(1 <= depth <= blocks for depth in depths):
+        raise ValueError(
+            f"{flag}: expected different blocks in 1..{blocks}, those of the model, found {' '.join(map(str, depths))}"
+        )
+    return depths
+
+
+def make_alignment(context: AlignmentContext, weight: float, objective: str) -> Alignment:
+    """The loss of a method, with the beta and the time range that all methods share."""
+    return Alignment(weight, objective, context.settings.align_beta, context.settings.align_time_range)
+
+
+def weight_schedule(schedule: str, context: AlignmentContext, flag: str) -> Callable[[int], float]:
+    """The factor of a weight at each optimizer step (counted from 0).
+
+        constant     1
+        linear:K     falls in a straight line from 1 to 0 at step K, and stays there
+        cosine:K     falls along half a cosine from 1 to 0 at step K, and stays there
+        off:K        1 before step K, 0 from it on
+        sra          SRA's own: 1 through epoch 149, then a tenth every 1,000 epochs; at 512 pixels and more, 99 and 800
+
+    Raises:
+        ValueError: another text; the message names `flag`.
+    """
+    kind, _, end = schedule.partition(":")
+    if schedule == "constant":
+        return lambda step: 1.0
+    if schedule == "sra":
+        hold, tenth = (99, 800) if context.resolution >= 512 else (149, 1000)
+        return lambda step: 0.1 ** (max(0, int(step / context.steps_per_epoch) - hold) / tenth)
+    if kind not in ("linear", "cosine", "off") or not end.isdigit() or int(end) < 1:
+        raise ValueError(
+            f"{flag}: expected constant, sra, or linear:K, cosine:K or off:K with a step K of 1 or more, "
+            f"found {schedule!r}"
+        )
+    last = int(end)
+    return {
+        "linear": lambda step: max(0.0, 1 - step / last),
+        "cosine": lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / last))) if step < last else 0.0,
+        "off": lambda step: float(step < last),
+    }[kind]
+
+
+def normalize_tokens(x: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
+    """Each of the D channels to mean 0 and std 1 over the tokens of an image, in float32 or better.
+
+    What all tokens of an image share goes, and their differences stay: iREPA's spatial normalisation (arXiv
+    2512.10794, with gamma = 1).
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    x = x - x.mean(dim=1, keepdim=True)
+    return x / (x.square().mean(dim=1, keepdim=True).sqrt() + 1e-6)
