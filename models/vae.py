@@ -142,6 +142,42 @@ def vae_factor(vae: AutoencoderKL) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def check_vae(
+    vae: AutoencoderKL,
+    name: str,
+    expected_digest: str,
+    whose: str = "the checkpoint",
+    resolution: int | None = None,
+    latent_shape: tuple[int, int, int] | None = None,
+) -> str:
+    """Refuse a VAE that did not make the latents; returns its digest.
+
+    Args:
+        name: where it was loaded from, for the message.
+        expected_digest: the recorded one; `UNKNOWN_VAE` accepts any weights.
+        whose: what the VAE must belong to, for the message.
+        resolution, latent_shape: of the images and their latents (C, H, W), which it must fit, if given.
+
+    Raises:
+        ValueError: the weights are others, or its channels or its factor do not fit.
+    """
+    found = vae_digest(vae)
+    if expected_digest not in (found, UNKNOWN_VAE):
+        raise ValueError(
+            f"--vae: expected the VAE of {whose} (digest {expected_digest[:12]}...), found another in {name} "
+            f"({found[:12]}...); give the one that dumped the latents"
+        )
+    if latent_shape is not None:
+        channels, side, _ = latent_shape
+        made = vae_factor(vae) * side, vae.config.latent_channels
+        if made != (resolution, channels):
+            raise ValueError(
+                f"--vae: expected images of side {resolution} from latents of {channels} channels, found side "
+                f"{made[0]} and {made[1]} channels with {name}; it is not the VAE of {whose}"
+            )
+    return found
+
+
 @torch.no_grad()
 def encode_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:  # (N, R, R, 3) uint8 -> (N, 2C, H, W) float32
     """Mean, then standard deviation, of the posterior."""

@@ -5,7 +5,17 @@ import json
 import pytest
 import torch
 
-from models.vae import LatentScale, decode_images, encode_moments, load_vae, scale_from_config, vae_digest, vae_factor
+from models.vae import (
+    UNKNOWN_VAE,
+    LatentScale,
+    check_vae,
+    decode_images,
+    encode_moments,
+    load_vae,
+    scale_from_config,
+    vae_digest,
+    vae_factor,
+)
 from tests.stores import make_vae
 
 
@@ -65,6 +75,18 @@ def test_loaded_vaes_are_frozen_and_told_apart_by_their_weights(folder, tmp_path
     with torch.no_grad():
         vae.encoder.conv_in.bias[0] += 1e-6
     assert vae_digest(vae) != digest
+
+
+def test_another_vae_than_the_recorded_one_is_refused(folder):
+    vae = load_vae(str(folder))
+    digest = vae_digest(vae)
+    assert check_vae(vae, "x", digest, resolution=32, latent_shape=(4, 8, 8)) == digest
+    assert check_vae(vae, "x", UNKNOWN_VAE) == digest
+    with pytest.raises(ValueError, match=r"^--vae: expected the VAE of the store \(digest f{12}\.\.\.\), found .* in x "):
+        check_vae(vae, "x", "f" * 64, "the store")
+    for resolution, shape in ((64, (4, 8, 8)), (32, (8, 8, 8)), (32, (4, 16, 16))):
+        with pytest.raises(ValueError, match=r"^--vae: expected images of side .* with x; it is not the VAE of"):
+            check_vae(vae, "x", UNKNOWN_VAE, resolution=resolution, latent_shape=shape)
 
 
 def test_the_vae_of_a_whole_pipeline_is_found(tmp_path, folder):
