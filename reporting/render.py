@@ -1,0 +1,32 @@
+"""Pages and cards from the templates in reporting/templates/.
+
+In `*.html` every value is escaped, so that what comes from files cannot become markup. In other templates (`*.md`, the
+style, the script) values stand as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+
+def environment() -> jinja2.Environment:
+    """Where templates are found, and how they are read: an unknown name is an error, not an empty string.
+
+    Filters and globals may be added to it before `get_template(name).render(**values)`.
+    """
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,  # a line that holds only {% ... %} leaves no empty line
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """The text of a template, such as "report.html"."""
+    return environment().get_template(template).render(**values)
