@@ -206,7 +206,7 @@ def draw_images(
         draw = block_noise(config.seed, first, BLOCK, shape, device)
         noise = functools.partial(_first_of, draw, len(y))
         velocity = guided_velocity(sit, y, sit.config.num_classes, config.guidance_scale, (0.0, 1.0), lower)
-        z = solve(config.sampler, velocity, noise, config.num_steps, Interpolant(info["path_type"]), last_t=0.04)
+        z = solve(config.sampler, velocity, noise, config.num_steps, Interpolant(info["path_type"]), last_step_size=0.04)
         if not z.isfinite().all():
             raise ValueError(
                 f"expected finite samples, found some that are not from {info['source']}; fix: --mixed-precision no, "

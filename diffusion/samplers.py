@@ -1,9 +1,11 @@
-"""From noise to data: solvers of the probability-flow ODE (Eq. 2) and of the reverse SDE, and classifier-free guidance.
+"""From noise to data: solvers of the probability-flow ODE (Eq. 2) and of the reverse SDE.
+
+`sampling.generator.sample_latents` chooses among them by name.
 
 Time runs from t = 1 (noise) down to t = 0 (data). The state is float64 throughout, so that hundreds of small steps add
 up without loss; the network sees float32, or less under autocast.
 
-Shape suffixes: N batch, ... the shape of one sample, C latent channels, H x W latent sides.
+Shape suffixes: N batch, ... the shape of one sample.
 """
 
 from __future__ import annotations
@@ -11,15 +13,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from diffusion.guidance import Velocity, guided_velocity  # noqa: F401 (the public name is of this module)
 from diffusion.interpolant import Interpolant
 from runtime.seeding import BLOCK, block_generator
-
-Velocity = Callable[[Tensor, float], Tensor]  # (x (N, ...) float64, t) -> (N, ...)
 
 
 def _check_steps(num_steps: int) -> None:
@@ -72,9 +72,9 @@ def sample_sde(
     num_steps: int,
     noise: Callable[[int], Tensor],
     interpolant: Interpolant,
-    last_t: float = 0.04,
+    last_step_size: float = 0.04,
 ) -> Tensor:  # (N, ...) -> (N, ...)
-    """Solve the reverse SDE by Euler-Maruyama from t = 1 to `last_t`, then take one step without noise to t = 0.
+    """Solve the reverse SDE by Euler-Maruyama from t = 1 to t = `last_step_size`, then step to t = 0 without noise.
 
     With w_t >= 0 the SDE
 
@@ -87,27 +87,29 @@ def sample_sde(
     Args:
         velocity: called with the state (N, ...) float64 and t as a float, `num_steps` times in all.
         x: standard normal noise (N, ...), any floating type.
-        num_steps: at least 1. The times are `num_steps` equally spaced ones from 1 to `last_t`, and 0.
+        num_steps: at least 1. The times are `num_steps` equally spaced ones from 1 to `last_step_size`, and 0.
         noise: called with the step, 0 to num_steps - 2 in this order; gives standard normal numbers (N, ...).
         interpolant: the path the velocity was trained on.
-        last_t: where the last step begins, in (0, 1): the score grows without bound towards t = 0.
+        last_step_size: the t at which the last step begins, in (0, 1): the score grows without bound towards t = 0.
 
     Returns:
         The samples (N, ...), float64.
 
     Raises:
-        ValueError: fewer than 1 step, or `last_t` not in (0, 1).
+        ValueError: fewer than 1 step, or `last_step_size` not in (0, 1).
     """
     _check_steps(num_steps)
-    if not 0 < last_t < 1:
-        raise ValueError(f"expected the last step of the SDE to begin at a t in (0, 1) (--last-t), found {last_t}")
+    if not 0 < last_step_size < 1:
+        raise ValueError(
+            f"expected a last step of the SDE with a size in (0, 1) (--last-step-size), found {last_step_size}"
+        )
     x = x.double()
 
     def drift(x: Tensor, t: float) -> Tensor:  # (N, ...) -> (N, ...)
         v = velocity(x, t).double()
         return v - 0.5 * diffusion(t) * interpolant.score(v, x, t)
 
-    times = _times(1.0, last_t, num_steps)
+    times = _times(1.0, last_step_size, num_steps)
     for step, (t, t_next) in enumerate(itertools.pairwise(times)):
         dt = t_next - t  # negative
         x = x + dt * drift(x, t) + math.sqrt(diffusion(t) * -dt) * noise(step).double()
@@ -149,69 +151,14 @@ def solve(
     noise: Callable[..., Tensor],
     num_steps: int,
     interpolant: Interpolant,
-    last_t: float | None = None,
+    last_step_size: float | None = None,
 ) -> Tensor:  # -> (N, ...) float64
     """Samples by a solver ("sde", "ode-euler" or "ode-heun"): the first draw of `noise` is the state at t = 1, the
     following ones are those of the SDE.
 
-    Args: as those of `sample_ode` and `sample_sde`; `last_t` is the SDE's alone.
+    Args: as those of `sample_ode` and `sample_sde`; `last_step_size` is the SDE's alone.
     """
     x = noise()
     if sampler == "sde":
-        return sample_sde(velocity, x, num_steps, noise, interpolant, last_t)
+        return sample_sde(velocity, x, num_steps, noise, interpolant, last_step_size)
     return sample_ode(velocity, x, num_steps, heun=sampler == "ode-heun")
-
-
-def guided_velocity(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor],
-    y: Tensor,
-    null_class: int,
-    scale: float,
-    interval: tuple[float, float],
-    autocast: torch.dtype | None = None,
-) -> Velocity:
-    """The velocity of a class-conditional model, with classifier-free guidance on an interval of times.
-
-        v = v_null + scale * (v_class - v_null)    for low <= t <= high, on all channels
-        v = v_class                                elsewhere
-
-    So scale 1 is no guidance, the convention of DiT, SiT and REPA (where others write 1 + w, or count from 0). Scale 1,
-    and times outside the interval, cost one evaluation of the batch; guidance costs one of twice the batch.
-
-    Args:
-        model: SiT or alike, called with x (N, C, H, W) float32, t (N,) float32 and classes (N,) int64.
-        y: classes (N,) int64.
-        null_class: the class that stands for none, `num_classes` of the model.
-        scale: guidance scale, finite.
-        interval: (low, high) with 0 <= low <= high <= 1, both included. t = 1 is noise.
-        autocast: type in which the network computes on the device of x, such as `torch.bfloat16`; `None` leaves
-            whatever autocast the caller has.
-
-    Returns:
-        A function of (x (N, C, H, W), t float) that gives the velocity (N, C, H, W) float64.
-
-    Raises:
-        ValueError: scale or interval out of range.
-    """
-    low, high = interval
-    if not math.isfinite(scale):
-        raise ValueError(f"expected a finite guidance scale (--guidance-scale; 1 is none), found {scale}")
-    if not 0 <= low <= high <= 1:
-        raise ValueError(
-            f"expected 0 <= low <= high <= 1 for the guidance interval (--guidance-low, --guidance-high), "
-            f"found {low} and {high}"
-        )
-    y_both = torch.cat([y, torch.full_like(y, null_class)])  # (2N,)
-
-    def network(x: Tensor, t: float, y: Tensor) -> Tensor:  # (M, C, H, W), (M,) -> (M, C, H, W)
-        t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-        with torch.autocast(x.device.type, autocast) if autocast else nullcontext():
-            return model(x.float(), t, y).double()
-
-    def velocity(x: Tensor, t: float) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
-        if scale == 1 or not low <= t <= high:
-            return network(x, t, y)
-        v_class, v_null = network(torch.cat([x, x]), t, y_both).chunk(2)
-        return v_null + scale * (v_class - v_null)
-
-    return velocity

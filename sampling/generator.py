@@ -1,0 +1,177 @@
+"""The one sample generator: from noise and classes to latents, and from latents to images.
+
+`sample_ddp.py`, the pipeline, `analysis.compare` and the grids of training all draw by `sample_latents` and decode by
+`decode_latents`. `SampleGenerator` adds what a set of samples needs: the labels and the noise of each batch, which
+depend on the seed and on the image's number alone, and a side stream for decoding.
+
+Shape suffixes: N images, B images of a batch, R image side, C latent channels, H = W latent side, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.guidance import guided_velocity
+from diffusion.interpolant import Interpolant
+from diffusion.samplers import sample_ode, sample_sde
+from models.sit import SiT
+from models.vae import LatentScale, decode, to_uint8
+from runtime.seeding import BLOCK, block_generator, numpy_generator
+from sampling.config import SAMPLERS
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+@torch.no_grad()
+def sample_latents(
+    sit: SiT,
+    y: Tensor,
+    noise: Callable[..., Tensor],
+    sampler: str,
+    num_steps: int,
+    interpolant: Interpolant,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    last_step_size: float = 0.04,
+    autocast: torch.dtype | None = None,
+) -> Tensor:  # (N,) -> (N, C, H, W) float64
+    """Draw latents at t = 0, scaled as the model was trained with.
+
+    Args:
+        sit: on the device of `y` and of the noise.
+        y: classes (N,) int64.
+        noise: gives standard normal numbers (N, C, H, W): called without an argument for the state at t = 1, then, for
+            the SDE, with each step, 0 to num_steps - 2.
+        sampler: one of `SAMPLERS`.
+        num_steps: as in `sample_ode` and `sample_sde`.
+        interpolant: the path the model was trained on.
+        guidance_scale, guidance_interval, autocast: as in `guided_velocity`.
+        last_step_size: as in `sample_sde`; of no effect on the other samplers.
+
+    Raises:
+        ValueError: unknown sampler, or a setting out of range.
+    """
+    velocity = guided_velocity(sit, y, sit.config.num_classes, guidance_scale, guidance_interval, autocast)
+    if sampler == "sde":
+        return sample_sde(velocity, noise(), num_steps, noise, interpolant, last_step_size)
+    if sampler in ("ode-euler", "ode-heun"):
+        return sample_ode(velocity, noise(), num_steps, heun=sampler == "ode-heun")
+    raise ValueError(f"expected a sampler among {', '.join(SAMPLERS)} (--sampler), found {sampler!r}")
+
+
+def decode_latents(vae: AutoencoderKL, z: Tensor, scale: LatentScale) -> tuple[Tensor, Tensor]:
+    """Images (N, R, R, 3) uint8 of latents (N, C, H, W); and which (N,) bool are finite as latents and in colour.
+
+    Always in blocks of `BLOCK` images, the last one padded: the decoder needs memory, and its rounding depends on the
+    size of the batch.
+    """
+    count = len(z)
+    z = torch.cat([z, z[-1:].expand(-count % BLOCK, *z.shape[1:])]).float()
+    images, finite = [], []
+    for block in z.split(BLOCK):
+        x = decode(vae, block, scale)  # (BLOCK, 3, R, R)
+        images.append(to_uint8(x))
+        finite.append(block.isfinite().flatten(1).all(dim=1) & x.isfinite().flatten(1).all(dim=1))
+    return torch.cat(images)[:count], torch.cat(finite)[:count]
+
+
+def block_noise(
+    seed: int, first: int, count: int, shape: Sequence[int], device: str | torch.device
+) -> Callable[..., Tensor]:
+    """A function whose calls give standard normal numbers (count, *shape): each block has a generator of its own.
+
+    So the noise of image i depends on the seed and on i alone, however the images are divided.
+
+    Args:
+        seed: of the set of samples.
+        first: number of the first image, a multiple of `BLOCK`.
+        count: images, a multiple of `BLOCK`.
+        shape: of one latent, (C, H, W).
+        device: of the generators; CPU and GPU give different numbers.
+    """
+    assert first % BLOCK == 0 and count % BLOCK == 0, "whole blocks"  # noqa: PT018
+    blocks = range(first // BLOCK, (first + count) // BLOCK)
+    generators = [block_generator(seed, block, "sample noise", device) for block in blocks]
+
+    def noise(step: int = -1) -> Tensor:  # -> (count, *shape)
+        return torch.cat([torch.randn(BLOCK, *shape, generator=g, device=device) for g in generators])
+
+    return noise
+
+
+def draw_labels(rule: str, classes: np.ndarray, seed: int, first: int, count: int) -> np.ndarray:  # (K,) -> (count,)
+    """Labels (int64) of `count` images from number `first` on; each depends on rule, classes, seed and number alone.
+
+    `balanced`: each round of K images is a permutation of the K classes of its own, so that the order has no class
+    structure, as metrics computed on parts of the file need, and any multiple of K images has each class equally often.
+    """
+    K = len(classes)
+    period = K if rule == "balanced" else BLOCK
+    pieces = []
+    for index in range(first // period, -(-(first + count) // period)):
+        generator = numpy_generator(seed, index, f"sample labels {rule}")
+        pieces.append(generator.permutation(K) if rule == "balanced" else generator.integers(K, size=period))
+    return classes[np.concatenate(pieces)[first % period :][:count]].astype(np.int64)
+
+
+@dataclass
+class SampleGenerator:
+    """Draws the batches of a set of samples on one device. On a GPU they are decoded in a side stream.
+
+    Args:
+        settings: of the set, as `sampling.record.describe` gives them.
+        info: what `load_sit` tells of `sit`; of it, `scale` is read.
+        classes: the classes to draw from, (K,) int64.
+        stream: the side stream; `None` decodes in the current one.
+    """
+
+    settings: dict[str, Any]
+    sit: SiT
+    vae: AutoencoderKL
+    info: dict[str, Any]
+    classes: np.ndarray
+    device: torch.device
+    stream: torch.cuda.Stream | None = None
+
+    def labels(self, first: int, count: int) -> np.ndarray:  # -> (count,) int64
+        return draw_labels(self.settings["labels"], self.classes, self.settings["seed"], first, count)
+
+    def latents(self, batch: int) -> Tensor:  # -> (B, C, H, W) float64
+        """Batch number `batch` at t = 0."""
+        settings, size = self.settings, self.settings["batch_size"]
+        first = batch * size
+        return sample_latents(
+            self.sit,
+            torch.from_numpy(self.labels(first, size)).to(self.device),
+            block_noise(settings["seed"], first, size, settings["latent_shape"], self.device),
+            settings["sampler"],
+            settings["num_steps"],
+            Interpolant(settings["path_type"]),
+            settings["guidance_scale"],
+            tuple(settings["guidance_interval"] or (0.0, 1.0)),
+            settings["last_step_size"],
+            torch.bfloat16 if settings["mixed_precision"] == "bf16" else None,
+        )
+
+    def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:  # (B, C, H, W) -> (B, R, R, 3) uint8, (B,) bool
+        return decode_latents(self.vae, z, self.info["scale"])
+
+    @contextmanager
+    def on_side_stream(self, *tensors: Tensor) -> Iterator[None]:
+        """On a GPU: work started here, on tensors that are still being computed, does not delay the next batch."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        for tensor in tensors:  # the allocator must not give their memory away before the stream is done with it
+            tensor.record_stream(self.stream)
