@@ -4,22 +4,19 @@
     python -m analysis.report exps/b2-plain exps/b2 --output b2.html
     python -m analysis.report exps/demo/run --samples exps/demo/samples exps/demo/metrics.json
 
-Sets of samples below a run's folder are found by themselves. The page works from any place without a network; a run in
-training gets a new one by the same command.
+Sets of samples below a run's directory are found by themselves. The page works from any place without a network; for a
+run in training, the same command writes a new one.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from reporting.page import write_report
+from reporting.report import write_report
 from runtime import cli
 from runtime.cli import REQUIRED, flag
-
-__all__ = ["ReportConfig", "main", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +24,11 @@ class ReportConfig:
     """What to report on, and where."""
 
     runs: tuple[str, ...] = flag(
-        REQUIRED, "folders of runs; may also stand first, without the flag", group="what to report on", metavar="RUN"
+        REQUIRED, "directories of runs", group="what to report on", metavar="RUN", positional=True
     )
     samples: tuple[str, ...] = flag(
         (),
-        "sets of samples that lie elsewhere: their folders, or files with their figures (metrics.json)",
+        "sets of samples that lie elsewhere: their directories, or their metrics.json",
         group="what to report on",
         metavar="PATH",
     )
@@ -41,13 +38,10 @@ class ReportConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and not argv[0].startswith("-"):  # the runs, by themselves
-        argv = ["--runs", *argv]
-    config = cli.parse(ReportConfig, argv, __doc__.splitlines()[0])
+    config = cli.parse(ReportConfig, argv, __doc__)
     begin = time.perf_counter()
-    folder = Path(config.runs[0]) if len(config.runs) == 1 else Path()
-    output = Path(config.output) if config.output else folder / "report.html"
+    directory = Path(config.runs[0]) if len(config.runs) == 1 else Path()
+    output = Path(config.output) if config.output else directory / "report.html"
     write_report([Path(run) for run in config.runs], output, [Path(path) for path in config.samples])
     print(f"{output}: {output.stat().st_size / 1e6:.2f} MB, {time.perf_counter() - begin:.1f} s")
 

@@ -1,4 +1,4 @@
-"""The run's own records, kept whatever tracker is used: `log.jsonl` and `metrics.csv`, one row per logged step."""
+"""The run's own log, written whatever tracker is used: `log.jsonl` and `metrics.csv`, one row per logged step."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class RunLog:
     """Appends rows to `log.jsonl` and `metrics.csv` of a run.
 
     Args:
-        run_dir: existing folder.
-        start_step: steps done. Rows of later steps, which a killed run had logged after its last checkpoint, are
-            removed: those steps are done again, and each stands once.
+        run_dir: existing directory.
+        start_step: the step that the run resumes from. Rows of later steps, which a killed run had logged after its
+            last checkpoint, are removed: those steps are done again, and each is logged once.
     """
 
     def __init__(self, run_dir: str | Path, start_step: int):

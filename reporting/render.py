@@ -11,20 +11,24 @@ from typing import Any
 
 import jinja2
 
+TEMPLATES = Path(__file__).parent / "templates"
+
 
 def environment() -> jinja2.Environment:
     """Where templates are found, and how they are read: an unknown name is an error, not an empty string.
 
     Filters and globals may be added to it before `get_template(name).render(**values)`.
     """
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    jinja = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,  # a line that holds only {% ... %} leaves no empty line
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    jinja.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}  # of {{ value | tojson }}
+    return jinja
 
 
 def render(template: str, **values: Any) -> str:

@@ -1,13 +1,12 @@
-"""What a run's folder tells, read without torch: settings, log, grids, and sets of samples with their figures.
+"""A run's directory, read without torch: settings, log, grids, and sets of samples with their metrics.
 
-Nothing here is trusted to be whole: a run may be in the midst of training, or have been killed.
+A run may be training now, or have been killed: files may be missing, and a log may end in the midst of a line.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from reporting.log import read_log
+from reporting.values import finite
+from runtime.files import Field, read_record
 
-# Settings of sampling that make figures differ by more than chance; runs and steps are compared at equal ones.
-RECIPE = (
-    "sampler", "num_steps", "last_t", "guidance_scale", "guidance_interval", "num_samples", "labels", "classes",
-)  # fmt: skip
+# Settings of sampling that change metrics by more than chance, and their text; metrics are compared at equal ones.
+RECIPE: dict[str, Callable[[Any], str]] = {
+    "sampler": str,
+    "num_steps": lambda value: f"{value} steps",
+    "last_step_size": lambda value: f"last step of {value}",
+    "guidance_scale": lambda value: f"guidance {value:g}",
+    "guidance_interval": lambda value: "on t {:g} to {:g}".format(*value),
+    "num_samples": lambda value: f"{value:,} images",
+    "labels": lambda value: f"{value} labels",
+    "classes": lambda value: f"classes {' '.join(map(str, value))}",
+}
+RECIPE_FIELDS = {name: Field(None) for name in RECIPE} | {"last_step_size": Field(None, old_names=("last_t",))}
 # Where one metric must stand for all: the first of these that is there.
 PREFERRED = ("fid", "fd-dinov2", "vae-frechet", "random-frechet", "sfid", "random-spatial-frechet")
 
@@ -29,12 +38,12 @@ class Samples:
     """A set of samples, measured or not.
 
     Args:
-        path: its folder, or the file of its figures where that lies elsewhere.
+        path: its directory, or its metrics.json where that lies elsewhere.
         settings: what it was drawn with, as in `samples.json`; at least "step", which may be None.
         checkpoint: the checkpoint it was drawn from, as recorded; empty if it was not.
-        metrics: finite figures by name; empty if it was not measured.
-        reference: what it was measured against, in words that differ for different references.
-        warnings: what a reader of the figures must know.
+        metrics: finite values by name; empty if it was not measured.
+        reference: what it was measured against; differs for different references.
+        warnings: what a reader of the metrics must know.
         picture: its first images, if there is such a file.
     """
 
@@ -58,17 +67,21 @@ class Samples:
 
     def recipe(self, without: Sequence[str] = ()) -> tuple:
         """Values of `RECIPE`, with None for those of `without`, to be a key."""
-        values = (None if name in without else self.settings.get(name) for name in RECIPE)
-        return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+        known = {"last_t", *RECIPE}
+        own = {name: value for name, value in self.settings.items() if name in known}
+        values = read_record(own, RECIPE_FIELDS, self.path)
+        return tuple(None if name in without else values[name] for name in RECIPE)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder.
+    """A run's directory.
 
     Args:
+        folder: its path.
         name: last part of its path, with as many parts before as tell it from the other runs.
-        record: `config.json`: "config", "versions", "git_revision", "machine", "date", "data_digest"; may be empty.
+        record: `config.json`: "config", "groups" (names of the settings, by heading), "versions", "git_revision",
+            "machine", "date", "data_digest"; may be empty.
         rows: of `log.jsonl`, by step, each step once.
         checkpoints: steps of the finished ones.
         state: `state.json` of the newest checkpoint; may be empty.
@@ -96,10 +109,10 @@ def read_runs(folders: Sequence[str | Path], samples: Iterable[str | Path] = ())
 
     Args:
         folders: of the runs.
-        samples: further sets: their folders, or the files with their figures (`metrics.json`).
+        samples: further sets: their directories, or their `metrics.json`.
 
     Raises:
-        ValueError: a folder is no run or is named twice, or a file in it is damaged.
+        ValueError: a directory is no run or is named twice, or a file in it is damaged.
     """
     paths = [Path(folder) for folder in folders]
     names = distinct_names(paths)
@@ -117,7 +130,7 @@ def read_runs(folders: Sequence[str | Path], samples: Iterable[str | Path] = ())
 
 
 def _joined(found: list[Samples]) -> list[Samples]:
-    """In order, with one entry for samples and figures of the same settings that lie in different places."""
+    """In order, with one entry for samples and metrics of the same settings that lie in different places."""
     measured = [given for given in found if given.metrics]
     result = []
     for given in found:
@@ -134,7 +147,7 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     """The last part of each path, or as many more as it takes to tell them apart.
 
     Raises:
-        ValueError: two of them are the same folder.
+        ValueError: two of them are the same directory.
     """
     parts = [path.resolve().parts for path in paths]
     if len(set(parts)) < len(parts):
@@ -149,7 +162,7 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_run(folder: str | Path, name: str) -> Run:
-    """A run's folder as it stands.
+    """A run's directory as it is now.
 
     Raises:
         ValueError: it is no run, or a file in it is damaged.
@@ -157,11 +170,11 @@ def read_run(folder: str | Path, name: str) -> Run:
     folder = Path(folder)
     if not any((folder / part).exists() for part in ("config.json", "log.jsonl", "checkpoints")):
         raise ValueError(
-            f"expected the folder of a run (with config.json, log.jsonl or checkpoints/), found "
+            f"expected the directory of a run (with config.json, log.jsonl or checkpoints/), found "
             f"{'none of these in' if folder.is_dir() else 'nothing at'} {folder}; give exps/<name>, as train.py made it"
         )
     try:
-        rows = [row for row in read_log(folder) if isinstance(row, dict) and _is_number(row.get("step"))]
+        rows = [row for row in read_log(folder) if isinstance(row, dict) and finite(row.get("step")) is not None]
     except UnicodeDecodeError as error:
         raise ValueError(f"expected lines of JSON in {folder / 'log.jsonl'}, found bytes that are no text") from error
     states = folder.glob("checkpoints/*/state.json")
@@ -170,7 +183,7 @@ def read_run(folder: str | Path, name: str) -> Run:
         folder=folder,
         name=name,
         record=read_json(folder / "config.json"),
-        # A killed run has rows after its last checkpoint, which it writes again when it goes on.
+        # A killed run has rows after its last checkpoint, which it writes again when it resumes.
         rows=[row for _, row in sorted({row["step"]: row for row in rows}.items())],
         checkpoints=sorted(steps),
         state=read_json(steps[max(steps)]) if steps else {},
@@ -180,7 +193,7 @@ def read_run(folder: str | Path, name: str) -> Run:
 
 
 def _sample_folders(run_dir: Path) -> list[Path]:
-    """Folders with `samples.json` anywhere below a run's. Folders of single images and checkpoints are not entered."""
+    """Directories with `samples.json` anywhere below a run's; those of single images and checkpoints are left out."""
     found = []
     for folder, inner, files in os.walk(run_dir):
         inner[:] = sorted(name for name in inner if name not in ("images", "partial", "checkpoints", "wandb"))
@@ -190,7 +203,7 @@ def _sample_folders(run_dir: Path) -> list[Path]:
 
 
 def read_samples(path: str | Path) -> Samples:
-    """A set of samples from its folder, or from a file of figures, which holds the settings of sampling as well.
+    """A set of samples from its directory, or from its metrics.json, which holds the settings of sampling as well.
 
     Raises:
         ValueError: neither, or damaged.
@@ -210,31 +223,35 @@ def read_samples(path: str | Path) -> Samples:
     settings = record.get("settings")
     if not isinstance(settings, dict):
         raise ValueError(
-            f"expected a set of samples (a folder with samples.json, or a metrics.json that tells how the samples were "
-            f"drawn), found {'neither in' if path.exists() else 'nothing at'} {path}"
+            f"expected a set of samples (a directory with samples.json, or a metrics.json that records how the samples "
+            f"were drawn), found {'neither in' if path.exists() else 'nothing at'} {path}"
         )
-    figures, reference = measured.get("metrics") or {}, measured.get("reference") or {}
-    interval = settings.get("guidance_interval")
-    whole = (
-        isinstance(figures, dict)
-        and isinstance(reference, dict)
-        and _is_number(settings.get("guidance_scale", 1))
-        and (interval is None or (isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval))))
-        and isinstance(settings.get("classes") or [], list)
-        and isinstance(settings.get("num_samples", 0), int)
-    )
-    if not whole:
-        raise ValueError(f"expected a record of samples as sample_ddp.py writes it, found another in {path}; remove it")
+    metrics, reference = measured.get("metrics") or {}, measured.get("reference") or {}
+    _check_samples(settings, metrics, reference, path)
     picture = path / "samples.png"
     return Samples(
         path=path,
         settings=settings,
         checkpoint=str(record.get("checkpoint") or ""),
-        metrics={str(name): float(value) for name, value in figures.items() if _is_number(value)},
+        metrics={str(name): float(value) for name, value in metrics.items() if finite(value) is not None},
         reference=f"{Path(reference.get('path') or 'unknown').name} ({str(reference.get('sha256'))[:8]})",
         warnings=tuple(map(str, warnings)),
         picture=picture if picture.is_file() else None,
     )
+
+
+def _check_samples(settings: dict[str, Any], metrics: Any, reference: Any, path: Path) -> None:
+    interval, scale = settings.get("guidance_interval"), settings.get("guidance_scale", 1)
+    pair = isinstance(interval, list) and len(interval) == 2 and all(finite(t) is not None for t in interval)
+    if not (
+        isinstance(metrics, dict)
+        and isinstance(reference, dict)
+        and finite(scale) is not None
+        and (interval is None or pair)
+        and isinstance(settings.get("classes") or [], list)
+        and isinstance(settings.get("num_samples", 0), int)
+    ):
+        raise ValueError(f"expected a record of samples as sample_ddp.py writes it, found another in {path}; remove it")
 
 
 def _is_from(samples: Samples, run: Run) -> bool:
@@ -267,20 +284,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def hours(rows: Sequence[dict[str, float]], batch_size: int) -> list[float]:
     """Hours of training up to each row: steps since the row before, times images of a step, over images a second.
 
-    Time in which grids were drawn and checkpoints copied is not in it, nor what a kill made to be done again. Rows
+    Time in which grids were drawn and checkpoints copied is not in it, nor steps that were repeated after a kill. Rows
     without a speed add nothing.
     """
     total, before, result = 0.0, 0, []
     for row in rows:
-        speed = row.get("images_per_second")
-        if _is_number(speed) and speed > 0:
+        speed = finite(row.get("images_per_second"))
+        if speed and speed > 0:
             total += (row["step"] - before) * batch_size / speed / 3600
         before = row["step"]
         result.append(total)
@@ -301,7 +314,7 @@ def preferred(metrics: Iterable[str]) -> str | None:
     return next((name for name in (*PREFERRED, *metrics) if name in metrics and direction(name)), None)
 
 
-def interval_words(samples: Samples) -> str:
+def format_interval(samples: Samples) -> str:
     """Where it is guided: "none", "all t" or "t 0 to 0.7"."""
     interval = samples.settings.get("guidance_interval")
     if samples.scale == 1 or not interval:
@@ -309,34 +322,11 @@ def interval_words(samples: Samples) -> str:
     return "all t" if list(interval) == [0, 1] else "t {:g} to {:g}".format(*interval)
 
 
-WORDS: dict[str, Callable[[Any], str]] = {
-    "sampler": lambda value: str(value),
-    "num_steps": lambda value: f"{value} steps",
-    "last_t": lambda value: f"last t {value}",
-    "guidance_scale": lambda value: f"guidance {value:g}",
-    "guidance_interval": lambda value: "on t {:g} to {:g}".format(*value),
-    "num_samples": lambda value: f"{value:,} images",
-    "labels": lambda value: f"{value} labels",
-    "classes": lambda value: f"classes {' '.join(map(str, value))}",
-}
-
-
-def recipe_words(recipe: tuple, among: Iterable[tuple] = ()) -> str:
-    """A key of `Samples.recipe` in words; with `among`, only what differs among those keys."""
+def format_recipe(recipe: tuple, among: Iterable[tuple] = ()) -> str:
+    """A key of `Samples.recipe` as text; with `among`, only what differs among those keys."""
     among = list(among)
-    shown = []
-    for index, (name, value) in enumerate(zip(RECIPE, recipe, strict=True)):
+    parts = []
+    for index, (value, as_text) in enumerate(zip(recipe, RECIPE.values(), strict=True)):
         if value is not None and (not among or len({other[index] for other in among}) > 1):
-            shown.append(WORDS[name](value))
-    return ", ".join(shown)
-
-
-def evenly(items: Sequence, count: int) -> list:
-    """At most `count` (at least 1) of the items at even distances, the first and the last among them; of one, the
-    last."""
-    items = list(items)
-    if len(items) <= count:
-        return items
-    if count == 1:
-        return items[-1:]
-    return [items[round(k * (len(items) - 1) / (count - 1))] for k in range(count)]
+            parts.append(as_text(value))
+    return ", ".join(parts)

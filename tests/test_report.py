@@ -4,6 +4,7 @@ import html
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -17,9 +18,10 @@ from PIL import Image
 
 from analysis import report
 from evaluations.evaluator import METRICS
-from reporting import page
-from reporting.page import thinned, write_report
-from reporting.runs import direction, distinct_names, evenly, hours, read_runs
+from reporting import report as page
+from reporting.report import thinned, write_report
+from reporting.runs import direction, distinct_names, hours, read_runs
+from reporting.values import evenly
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -29,21 +31,34 @@ EVIL = "<img src=x onerror=alert(1)>&\"'"
 def log_row(step, velocity=None, **changes):
     velocity = 0.3 + 1 / (1 + step) if velocity is None else velocity
     row = {
-        "step": step, "epoch": step / 100, "loss": velocity + 0.25, "velocity": velocity, "align_vae": 0.25,
-        "grad_norm": 0.5, "skipped_steps": 0, "spikes": 0, "images_per_second": 64.0, "memory_gib": 1.5,
+        "step": step,
+        "epoch": step / 100,
+        "loss": velocity + 0.25,
+        "velocity": velocity,
+        "align_vae": 0.25,
+        "grad_norm": 0.5,
+        "skipped_steps": 0,
+        "spikes": 0,
+        "images_per_second": 64.0,
+        "memory_gib": 1.5,
         "eta_seconds": 60.0,
-    }  # fmt: skip
+    }
     return row | changes
 
 
 def make_run(folder, rows=(), grids=(), side=64, **settings):
-    """A run's folder as train.py leaves it, but for checkpoints."""
+    """A run's directory as train.py leaves it, but for checkpoints."""
     (folder / "samples").mkdir(parents=True)
     config = {"model": "SiT-B/2", "batch_size": 32, "max_train_steps": 100, "learning_rate": 1e-4} | settings
     record = {
-        "config": config, "data_digest": "d" * 64, "versions": {"torch": "2.6.0"}, "git_revision": "abc123",
-        "machine": "a machine", "date": "2026-01-02T03:04:05+00:00", "initial": None,
-    }  # fmt: skip
+        "config": config,
+        "data_digest": "d" * 64,
+        "versions": {"torch": "2.6.0"},
+        "git_revision": "abc123",
+        "machine": "a machine",
+        "date": "2026-01-02T03:04:05+00:00",
+        "initial": None,
+    }
     (folder / "config.json").write_text(json.dumps(record))
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in grids:
@@ -52,20 +67,30 @@ def make_run(folder, rows=(), grids=(), side=64, **settings):
     return folder
 
 
-def add_samples(folder, step, scale, figures, interval=(0.0, 1.0), checkpoint="", **settings):
+def add_samples(folder, step, scale, metrics, interval=(0.0, 1.0), checkpoint="", **settings):
     """A set of samples as sample_ddp.py leaves it."""
     folder.mkdir(parents=True)
     settings = {
-        "checkpoint_digest": "c", "step": step, "sampler": "sde", "num_steps": 250, "last_t": 0.04,
-        "guidance_scale": scale, "guidance_interval": None if scale == 1 else list(interval), "num_samples": 50_000,
-        "labels": "random", "classes": None, "seed": 0,
-    } | settings  # fmt: skip
+        "checkpoint_digest": "c",
+        "step": step,
+        "sampler": "sde",
+        "num_steps": 250,
+        "last_t": 0.04,
+        "guidance_scale": scale,
+        "guidance_interval": None if scale == 1 else list(interval),
+        "num_samples": 50_000,
+        "labels": "random",
+        "classes": None,
+        "seed": 0,
+    } | settings
     (folder / "samples.json").write_text(json.dumps({"settings": settings, "checkpoint": checkpoint}))
-    if figures is not None:
+    if metrics is not None:
         content = {
-            "metrics": figures, "reference": {"path": "ref.npz", "sha256": "0123456789"}, "warnings": [],
+            "metrics": metrics,
+            "reference": {"path": "ref.npz", "sha256": "0123456789"},
+            "warnings": [],
             "sampling": {"settings": settings},
-        }  # fmt: skip
+        }
         (folder / "metrics.json").write_text(json.dumps(content))
     return folder
 
@@ -193,11 +218,11 @@ def test_grids_of_several_runs_are_those_that_all_have(tmp_path):
     a = make_run(tmp_path / "a", grids=range(10, 1001, 10), side=8)
     b = make_run(tmp_path / "b", grids=range(25, 1001, 25), side=8)
     runs, _ = read_runs([a, b])
-    steps = page.chosen_steps(runs, 24)
+    steps = page.choose_steps(runs, 24)
     assert len(steps) <= 24
     shared = [step for step in steps if step % 50 == 0]
     assert shared == evenly(range(50, 1001, 50), 18)
-    assert page.chosen_steps(runs[:1], 24) == evenly(range(10, 1001, 10), 24)
+    assert page.choose_steps(runs[:1], 24) == evenly(range(10, 1001, 10), 24)
 
 
 def test_damaged_grids_are_named_and_left_out(tmp_path):
@@ -211,8 +236,8 @@ def test_damaged_grids_are_named_and_left_out(tmp_path):
 
 def test_runs_without_samples_or_rows(tmp_path):
     text = words(write_report([make_run(tmp_path / "new")], tmp_path / "r.html"))
-    for said in ("No samples yet", "No rows in the log yet", "no rows in the log yet", "No samples were measured"):
-        assert said in text
+    for expected in ("No samples yet", "No rows in the log yet", "no rows in the log yet", "No samples were measured"):
+        assert expected in text
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "log.jsonl").write_text('{"step": 1, "velocity": 0.5}\n3\n{"velocity": 1}\n{"st')
     text = words(write_report([tmp_path / "bare"], tmp_path / "r.html"))
@@ -224,7 +249,7 @@ def test_runs_without_samples_or_rows(tmp_path):
     ("harm", "expected"),
     [
         (lambda run: shutil.rmtree(run), "found nothing at"),
-        (lambda run: [shutil.rmtree(run), run.mkdir()], "expected the folder of a run .* found none of these in"),
+        (lambda run: [shutil.rmtree(run), run.mkdir()], "expected the directory of a run .* found none of these in"),
         (lambda run: (run / "config.json").write_text("{"), r"expected JSON in .*config.json"),
         (lambda run: (run / "config.json").write_text("[1]"), "expected a JSON object .* found a list"),
         (lambda run: (run / "log.jsonl").write_bytes(b"\xff\xfe\x00"), "found bytes that are no text"),
@@ -277,7 +302,7 @@ def test_the_page_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         assert Path(source).parent == output.parent  # a rename is atomic within one file system
         raise OSError(28, "No space left on device")
 
-    for owner, name, broken in ((Path, "write_bytes", torn), (page.os, "replace", not_renamed)):
+    for owner, name, broken in ((Path, "write_bytes", torn), (os, "replace", not_renamed)):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, broken)
             with pytest.raises(ValueError, match=r"--output: cannot write .* \(No space left on device\)"):
@@ -301,8 +326,8 @@ def sweep(run):
         add_samples(run / "samples" / f"{step}-none", step, 1.0, {"fid": 40.0 - step, "is": 50.0})
         for high in (0.7, 1.0):
             for scale in (1.5, 2.0, 4.0):
-                figures = {"fid": 20 + (scale - 2) ** 2 + high - step / 10, "is": 50 + 10 * scale}
-                add_samples(run / "samples" / f"{step}-{scale}-{high}", step, scale, figures, (0.0, high))
+                metrics = {"fid": 20 + (scale - 2) ** 2 + high - step / 10, "is": 50 + 10 * scale}
+                add_samples(run / "samples" / f"{step}-{scale}-{high}", step, scale, metrics, (0.0, high))
 
 
 def test_a_sweep_is_drawn_over_guidance_and_its_best_is_named(tmp_path):
@@ -323,7 +348,7 @@ def test_a_sweep_is_drawn_over_guidance_and_its_best_is_named(tmp_path):
     assert "By is: 90 with step 10, guidance 4 on t 0 to 0.7" in text
 
 
-def test_figures_of_other_counts_are_not_compared(tmp_path):
+def test_metrics_of_other_counts_are_not_compared(tmp_path):
     run = make_run(tmp_path / "run")
     add_samples(run / "samples" / "a", 10, 1.0, {"fid": 5.0})
     add_samples(run / "samples" / "b", 20, 1.0, {"fid": 4.0})
@@ -333,7 +358,7 @@ def test_figures_of_other_counts_are_not_compared(tmp_path):
     assert "100 images against ref.npz" in text
 
 
-def test_figures_of_samples_that_are_gone_are_left_out(tmp_path):
+def test_metrics_of_samples_that_are_gone_are_left_out(tmp_path):
     run = make_run(tmp_path / "run")
     folder = add_samples(run / "samples" / "a", 10, 1.0, {"fid": 5.0})
     record = json.loads((folder / "samples.json").read_text())
@@ -352,12 +377,12 @@ def test_samples_elsewhere_find_their_run(tmp_path):
     by_digest = add_samples(tmp_path / "s1", 10, 1.0, {"fid": 5.0}, checkpoint_digest="mine")
     by_path = add_samples(tmp_path / "s2", 20, 1.0, {"fid": 4.0}, checkpoint=str(run / "checkpoints" / "0000020"))
     wrong = add_samples(tmp_path / "s3", 10, 1.0, None, checkpoint=str(checkpoint), checkpoint_digest="not mine")
-    shutil.move(by_digest / "metrics.json", tmp_path / "figures.json")  # as the demo has it
+    shutil.move(by_digest / "metrics.json", tmp_path / "metrics.json")  # as the demo has it
     Image.new("RGB", (8, 8)).save(by_digest / "samples.png")
-    runs, others = read_runs([other, run], [by_digest, tmp_path / "figures.json", by_path, wrong])
+    runs, others = read_runs([other, run], [by_digest, tmp_path / "metrics.json", by_path, wrong])
     assert runs[0].samples == []
     assert [(found.step, found.metrics) for found in runs[1].samples] == [(10, {"fid": 5.0}), (20, {"fid": 4.0})]
-    assert runs[1].samples[0].picture == by_digest / "samples.png"  # figures and pictures of the same samples
+    assert runs[1].samples[0].picture == by_digest / "samples.png"  # metrics and pictures of the same samples
     assert [found.path for found in others] == [wrong]
 
 
@@ -371,6 +396,38 @@ def test_settings_that_differ_between_runs_are_set_out(tmp_path):
     assert "--align" not in first
     assert "--align" in text
     assert "trained on different data" not in text
+
+
+def headings(path):
+    """The groups of settings, in order."""
+    return re.findall(r"<h3>(.*?)</h3>", path.read_text())
+
+
+def test_settings_are_grouped_as_the_record_says(tmp_path):
+    run = make_run(tmp_path / "run", invented=1)
+    assert headings(write_report([run], tmp_path / "r.html")) == ["settings"]  # the record of an old run has no groups
+    record = json.loads((run / "config.json").read_text())
+    record["groups"] = {"model": ["model", "align"], "training": ["batch_size", "max_train_steps", "learning_rate"]}
+    (run / "config.json").write_text(json.dumps(record))
+    assert headings(write_report([run], tmp_path / "r.html")) == ["model", "training", "others"]
+    text = words(tmp_path / "r.html")
+    assert "model --model SiT-B/2 training --batch-size 32" in text
+    assert "others --invented 1" in text
+
+
+def test_samples_of_older_records_are_compared_with_newer_ones(tmp_path):
+    run = make_run(tmp_path / "run")
+    old = add_samples(run / "samples" / "old", 10, 1.0, {"fid": 5.0})
+    record = json.loads((old / "samples.json").read_text())["settings"]
+    record = {("last_step_size" if name == "last_t" else name): value for name, value in record.items()}
+    record |= {"step": 20, "unknown_yet": 1}
+    new = run / "samples" / "new"
+    new.mkdir()
+    (new / "samples.json").write_text(json.dumps({"settings": record}))
+    (found,), _ = read_runs([run])
+    one, two = found.samples
+    assert one.recipe() == two.recipe()
+    assert 0.04 in one.recipe()
 
 
 def test_hours_add_up_over_changes_of_speed_and_of_rows():
@@ -387,12 +444,12 @@ def test_the_command_writes_beside_the_run_and_starts_quickly(tmp_path):
     assert (run / "report.html").is_file()
     done = subprocess.run([*command, str(tmp_path / "none")], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    code = "import sys, analysis.report; print([name for name in ('torch', 'PIL', 'numpy') if name in sys.modules])"
+    code = "import sys, analysis.report; print([name for name in ('torch', 'numpy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n"
 
 
-def test_several_runs_go_to_the_current_folder(tmp_path, monkeypatch):
+def test_several_runs_go_to_the_current_directory(tmp_path, monkeypatch):
     runs = [str(make_run(tmp_path / name, [log_row(1)])) for name in "ab"]
     monkeypatch.chdir(tmp_path)
     report.main(runs)
@@ -409,9 +466,17 @@ browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get i
 def opened(path, *flags):
     """The page's elements once its script has run, and the lines of the console."""
     command = [
-        CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-        f"--user-data-dir={path.parent / 'profile'}", "--virtual-time-budget=3000", *flags, "--dump-dom", path.as_uri(),
-    ]  # fmt: skip
+        CHROMIUM,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--user-data-dir={path.parent / 'profile'}",
+        "--virtual-time-budget=3000",
+        *flags,
+        "--dump-dom",
+        path.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -132,7 +132,7 @@ function draw(figure) {
   }
   const cursor = add(svg, "line", { class: "cursor", y1: TOP, y2: HEIGHT - BOTTOM, visibility: "hidden" });
 
-  function tell(x) { // the values nearest to x, or the last ones
+  function showValues(x) { // the values nearest to x, or the last ones
     const places = all.map((series) => x === null ? series.x.length - 1 : nearest(series.x, x));
     const shown = all.map((series, index) => series.x[places[index]]), most = shown.reduce((a, b) => Math.max(a, b));
     legend.replaceChildren();
@@ -147,16 +147,16 @@ function draw(figure) {
       add(item, "span", {}, `${series.label ? series.label + ": " : ""}${format(value)}${smooth}${elsewhere}`);
     });
   }
-  tell(null);
+  showValues(null);
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect(), place = (event.clientX - box.left) * width / box.width;
     const x = xLow + (Math.min(Math.max(place, LEFT), width - RIGHT) - LEFT) / (width - LEFT - RIGHT) * (xHigh - xLow);
     cursor.setAttribute("x1", mapX(x));
     cursor.setAttribute("x2", mapX(x));
     cursor.setAttribute("visibility", "visible");
-    tell(x);
+    showValues(x);
   });
-  svg.addEventListener("pointerleave", () => { cursor.setAttribute("visibility", "hidden"); tell(null); });
+  svg.addEventListener("pointerleave", () => { cursor.setAttribute("visibility", "hidden"); showValues(null); });
 }
 
 const figures = [...document.querySelectorAll("[data-chart]")];
