@@ -383,10 +383,10 @@ def _training(records: Records, terms: list[str], include_vae: bool) -> dict[str
     if info.get("initial"):
         initial = info["initial"]
         rows["started from"] = f"`{Path(initial['source']).name}` ({initial['read_as']}), SHA-256 {initial['digest']}"
-    if "versions" in info:
+    if info.get("versions"):
         rows["versions"] = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
     for head, key in (("git revision", "git_revision"), ("hardware", "machine"), ("started or last continued", "date")):
-        if key in info:
+        if info.get(key):
             rows[head] = info[key]
     rows["weights"] = f"SHA-256 {info['digest']}"
     return rows

@@ -6,13 +6,14 @@ Shape suffixes: N batch, R image side in pixels, T = side^2 patch tokens, D numb
 from __future__ import annotations
 
 import difflib
-import pickle
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from torch import Tensor, nn
 
+from models.tensor_file import read_tensor_file, unwrap
 from models.vae import hub_is_reachable
 
 # Names as in REPA's --enc-type, and the weights in timm they stand for. Any other name of timm's can be given, too.
@@ -78,48 +79,9 @@ def load_encoder(
     Raises:
         ValueError: timm does not know the name; the network gives no such grid; the weights cannot be had.
     """
-    import timm
-    from huggingface_hub import constants
-    from timm.data import resolve_model_data_config
-
-    timm_name = ENCODERS.get(name, name)
-    architecture, _, tag = timm_name.partition(".")
-    if not timm.is_model(architecture) or (tag and timm_name not in timm.list_pretrained(f"{architecture}.*")):
-        near = difflib.get_close_matches(
-            name, [*ENCODERS, *timm.list_models(), *timm.list_pretrained(f"{architecture}.*")], n=3
-        )
-        raise ValueError(
-            f"--repa-encoder: expected {', '.join(ENCODERS)} or another name of timm's, found {name!r}"
-            + (f"; did you mean {' or '.join(near)}?" if near else "")
-        )
-    with torch.device("meta"):
-        bare = timm.create_model(timm_name, num_classes=0)
-    patch = getattr(getattr(bare, "patch_embed", None), "patch_size", None)
-    if not isinstance(patch, tuple) or patch[0] != patch[1] or not hasattr(bare, "num_prefix_tokens"):
-        raise ValueError(f"--repa-encoder: expected a vision transformer with square patches, found {name!r}")
-    image_size = side * patch[0]
-    overlay, pretrained = {}, weights != "random"
-    if pretrained and weights is not None:
-        overlay = {"state_dict": _read_weights(weights)}
-    elif pretrained and not hub_is_reachable():
-        constants.HF_HUB_OFFLINE = True  # its cache may hold them; asking the hub in vain takes most of a minute
-    try:
-        network = timm.create_model(
-            timm_name, pretrained=pretrained, num_classes=0, img_size=image_size, pretrained_cfg_overlay=overlay
-        )
-    except TypeError as error:
-        raise ValueError(f"--repa-encoder: {name!r} cannot be set to images of side {image_size} ({error})") from error
-    except (OSError, RuntimeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        if weights is not None:
-            raise ValueError(f"--repa-weights: expected weights of {timm_name}, found {weights} ({reason})") from error
-        raise ValueError(
-            f"--repa-encoder: cannot get the weights of {timm_name} ({reason}); without a network give a local file "
-            f"by --repa-weights"
-        ) from error
-    data = resolve_model_data_config(network)
-    encoder = Encoder(network, image_size, data["mean"], data["std"]).eval().requires_grad_(False)
-    tokens = encoder(torch.zeros(1, image_size, image_size, 3, dtype=torch.uint8))
+    encoder = _build_encoder(name, side, weights)
+    size = encoder.image_size
+    tokens = encoder(torch.zeros(1, size, size, 3, dtype=torch.uint8))
     if tokens.shape != (1, side**2, encoder.dim):
         raise ValueError(
             f"--repa-encoder: expected {side**2} tokens, as many as the SiT has, found an output "
@@ -131,27 +93,52 @@ def load_encoder(
     return encoder
 
 
-def _read_weights(path: str | Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _build_encoder(name: str, side: int, weights: str | Path | None) -> Encoder:
+    import timm  # 2 s, which runs without an encoder do not wait for
 
-    path = Path(path)
+    # Is there such a network, and what are its patches?
+    timm_name = ENCODERS.get(name, name)
+    architecture, _, tag = timm_name.partition(".")
+    variants = timm.list_pretrained(f"{architecture}.*")
+    if not timm.is_model(architecture) or (tag and timm_name not in variants):
+        near = difflib.get_close_matches(name, [*ENCODERS, *timm.list_models(), *variants], n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        known = ", ".join(ENCODERS)
+        raise ValueError(f"--repa-encoder: expected {known} or another name of timm's, found {name!r}{hint}")
+    with torch.device("meta"):
+        bare = timm.create_model(timm_name, num_classes=0)
+    patch = getattr(getattr(bare, "patch_embed", None), "patch_size", None)
+    if not isinstance(patch, tuple) or patch[0] != patch[1] or not hasattr(bare, "num_prefix_tokens"):
+        raise ValueError(f"--repa-encoder: expected a vision transformer with square patches, found {name!r}")
+
+    # The network for images of as many patches, with its weights.
+    size = side * patch[0]
+    overlay, pretrained = {}, weights != "random"
+    if pretrained and weights is not None:
+        overlay = {"state_dict": _read_weights(Path(weights))}
+    elif pretrained and not hub_is_reachable():
+        constants.HF_HUB_OFFLINE = True  # its cache may hold them; asking the hub in vain takes most of a minute
+    options = {"pretrained": pretrained, "num_classes": 0, "img_size": size, "pretrained_cfg_overlay": overlay}
+    try:
+        network = timm.create_model(timm_name, **options)
+    except TypeError as error:
+        raise ValueError(f"--repa-encoder: {name!r} cannot be set to images of side {size} ({error})") from error
+    except (OSError, RuntimeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if weights is not None:
+            raise ValueError(f"--repa-weights: expected weights of {timm_name}, found {weights} ({reason})") from error
+        raise ValueError(
+            f"--repa-encoder: cannot get the weights of {timm_name} ({reason}); without a network give a local file "
+            f"by --repa-weights"
+        ) from error
+    data = timm.data.resolve_model_data_config(network)
+    return Encoder(network, size, data["mean"], data["std"]).eval().requires_grad_(False)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"--repa-weights: expected a file, found none at {path}")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"--repa-weights: expected tensors (.safetensors, or .pth that holds nothing else), found {path}, which "
-            f"cannot be read as such"
-        ) from error
-    for key in ("model", "state_dict", "teacher"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"--repa-weights: expected a dictionary of tensors, found a {type(content).__name__} in {path}"
-        )
-    return content
+        return unwrap(read_tensor_file(path), ("model", "state_dict", "teacher"))
+    except ValueError as error:
+        raise ValueError(f"--repa-weights {path}: {error}") from error

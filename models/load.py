@@ -14,31 +14,45 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from models.convert import FORMATS, convert_state_dict
 from models.sit import SiT, SiTConfig
+from models.tensor_file import load_exactly, read_tensor_file
 from models.vae import UNKNOWN_VAE, LatentScale
-from runtime.files import read_checksummed_json, sha256
+from runtime.files import Field, read_checksummed_json, read_record, sha256
 
 FORMAT = "vae-repa-checkpoint"
-
-
 VERSION = 1
+STATE = {  # the fields of state.json, which training/checkpoint.py writes
+    **dict.fromkeys(
+        "format version step vae vae_digest resolution class_names scale path_type digests".split(), Field()
+    ),
+    # Not needed to sample: checkpoints that another program wrote may lack them.
+    "config": Field(None),  # a record of its own: training/config.py
+    **dict.fromkeys("data_digest initial processes versions git_revision machine date".split(), Field(None)),
+}
+SD_VAE_SCALE = 0.18215  # the scale that the SD-VAE's config records, and that SiT, REPA and SRA train with
+FOREIGN_VAES = {  # what each project's training encodes with
+    "sit": "stabilityai/sd-vae-ft-ema",
+    "repa": "stabilityai/sd-vae-ft-mse",
+    "sra": "stabilityai/sd-vae-ft-ema",
+}
+FOREIGN_PATHS = {"linear": "linear", "cosine": "cosine", "cos": "cosine", "gvp": "cosine"}  # by lower-case name
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    folder = Path(run_dir) / "checkpoints"
-    found = [path for path in folder.glob("*") if path.name.isdigit() and (path / "state.json").is_file()]
+    found = [
+        path
+        for path in (Path(run_dir) / "checkpoints").glob("*")
+        if path.name.isdigit() and (path / "state.json").is_file()
+    ]
     return sorted(found, key=lambda path: int(path.name))
 
 
@@ -47,30 +61,31 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
     return next(reversed(checkpoints(run_dir)), None)
 
 
-def read_state(folder: str | Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint.
+def read_state(directory: str | Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint, by the names in `STATE`.
 
     Raises:
-        ValueError: it is missing, damaged, or of another format.
+        ValueError: it is missing, damaged, of another format, or written by newer code.
     """
-    folder = Path(folder)
-    if not (folder / "state.json").is_file():
-        raise ValueError(f"not a checkpoint: {folder} has no state.json; expected <run>/checkpoints/<step>")
+    file = Path(directory) / "state.json"
+    if not file.is_file():
+        raise ValueError(f"not a checkpoint: {directory} has no state.json; expected <run>/checkpoints/<step>")
     try:
-        state = read_checksummed_json(folder / "state.json")
+        state = read_checksummed_json(file)
     except ValueError as error:  # of JSON and of UTF-8, too
-        raise ValueError(f"damaged checkpoint: {folder / 'state.json'}: {error}; use an older one") from error
-    if state.get("format") != FORMAT or state.get("version") != VERSION:
+        raise ValueError(f"damaged checkpoint: {file}: {error}; use an older one") from error
+    if (state.get("format"), state.get("version")) != (FORMAT, VERSION):
         raise ValueError(
             f"expected a checkpoint of format {FORMAT} {VERSION}, "
-            f"found {state.get('format')} {state.get('version')} in {folder}"
+            f"found {state.get('format')} {state.get('version')} in {directory}"
         )
-    return state
+    state = read_record(state, STATE, file)
+    return state | {"class_names": list(state["class_names"])}
 
 
-def verified_file(folder: Path, name: str, state: dict[str, Any]) -> Path:
+def verified_file(directory: Path, name: str, state: dict[str, Any]) -> Path:
     """Path of one of the checkpoint's files, once its digest has been compared."""
-    path, expected = folder / name, state["digests"].get(name)
+    path, expected = directory / name, state["digests"].get(name)
     if expected is None or not path.is_file():
         raise ValueError(f"damaged checkpoint: {path} is missing; use an older one")
     found = sha256(path)
@@ -96,36 +111,39 @@ def load_sit(path: str | Path) -> tuple[SiT, dict[str, Any]]:
     """The SiT to sample with (the EMA weights), on the CPU in float32, in eval mode and frozen.
 
     Args:
-        path: a checkpoint `<run>/checkpoints/<step>`; or a run's folder, whose newest checkpoint is taken; or a file of
-            SiT's, REPA's or SRA's (.pt, or .safetensors).
+        path: a checkpoint `<run>/checkpoints/<step>`; or a run's directory, whose newest checkpoint is taken; or a file
+            of SiT's, REPA's or SRA's (.pt, or .safetensors).
 
     Returns:
-        The model, and what is known of it: `source` (the folder or file), `format` (ours is "vae-repa"), `read_as` (how
-        it was read, in words), `step`, `digest` (SHA-256 of the weights), `scale` (`LatentScale`), `vae`, `vae_digest`,
-        `resolution`, `class_names`, `path_type`, and the rest of `state.json`. Files of other projects record less:
-        there `step` may be None, and `scale` is None for latents of other than the SD-VAE's 4 channels.
+        The model, and what is known of it: `source` (the directory or file), `format` (ours is "vae-repa"), `read_as`
+        (how it was read, in words), `step`, `digest` (SHA-256 of the weights), `scale` (`LatentScale`), `vae`,
+        `vae_digest`, `resolution`, `class_names`, `path_type`, and the rest of `state.json`. Files of other projects
+        record less: there `step` may be None, and `scale` is None for latents of other than the SD-VAE's 4 channels.
 
     Raises:
         ValueError: no checkpoint there, a damaged one, or one that this project's SiT cannot stand for.
     """
-    folder = Path(path)
-    if folder.is_file():
-        return _load_foreign(folder)
-    if not folder.is_dir():
+    directory = Path(path)
+    if directory.is_file():
+        try:
+            model, info = _load_foreign(directory)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return model.eval().requires_grad_(False), info
+    if not directory.is_dir():
         raise ValueError(
-            f"not a checkpoint: nothing at {folder}; expected <run>/checkpoints/<step>, or a .pt or .safetensors file"
+            f"not a checkpoint: nothing at {path}; expected <run>/checkpoints/<step>, or a .pt or .safetensors file"
         )
-    if not (folder / "state.json").is_file():
-        newest = latest_checkpoint(folder)
-        if newest is None:
-            raise ValueError(f"not a checkpoint: {folder} holds neither state.json nor checkpoints/<step>/state.json")
-        folder = newest
-    state = read_state(folder)
-    model = SiT(SiTConfig.from_dict(json.loads(verified_file(folder, "config.json", state).read_text())))
-    load_weights(model, verified_file(folder, "ema.safetensors", state))
-    info = dict(state)
-    info |= {
-        "source": str(folder),
+    if not (directory / "state.json").is_file():
+        directory = latest_checkpoint(path)
+        if directory is None:
+            raise ValueError(f"not a checkpoint: {path} holds neither state.json nor checkpoints/<step>/state.json")
+    state = read_state(directory)
+    config_file = verified_file(directory, "config.json", state)
+    model = SiT(SiTConfig.from_dict(json.loads(config_file.read_text()), config_file))
+    load_weights(model, verified_file(directory, "ema.safetensors", state))
+    info = state | {
+        "source": str(directory),
         "format": "vae-repa",
         "read_as": f"step {state['step']} of this project, EMA weights",
         "digest": state["digests"]["ema.safetensors"],
@@ -134,37 +152,22 @@ def load_sit(path: str | Path) -> tuple[SiT, dict[str, Any]]:
     return model.eval().requires_grad_(False), info
 
 
-SD_VAE_SCALE = 0.18215  # the scale that the SD-VAE's config records, and that these projects train with
-
-
-FOREIGN_VAES = {  # what each project's training encodes with
-    "sit": "stabilityai/sd-vae-ft-ema",
-    "repa": "stabilityai/sd-vae-ft-mse",
-    "sra": "stabilityai/sd-vae-ft-ema",
-}
-
-
-FOREIGN_PATHS = {"linear": "linear", "cosine": "cosine", "cos": "cosine", "gvp": "cosine"}  # by lower-case name
-
-
 def _load_foreign(path: Path) -> tuple[SiT, dict[str, Any]]:
-    content = _read_foreign(path)
-    try:
-        config, state, kind, notes = convert_state_dict(content)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    """The SiT in a file of another project's, and what the file tells."""
+    content = read_tensor_file(path)
+    config, tensors, kind, notes = convert_state_dict(content)
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else {}
     path_type = FOREIGN_PATHS.get(str(args.get("path_type", "linear")).lower())
     if path_type is None or args.get("prediction", "v") not in ("v", "velocity"):
         raise ValueError(
-            f"{path}: expected a velocity on a linear or cosine path, found a model that was trained to predict "
+            f"expected a velocity on a linear or cosine path, found a model that was trained to predict "
             f"{args.get('prediction', 'v')} on the path {args.get('path_type')}"
         )
     model = SiT(config)
-    model.load_state_dict(state)
+    load_exactly(model, tensors, "a SiT")
     step = content.get("steps", content.get("train_steps"))
-    info = {
+    return model, {
         "source": str(path),
         "format": kind,
         "read_as": f"{FORMATS[kind]}'s file: {'; '.join(notes)}" if notes else f"{FORMATS[kind]}'s file",
@@ -177,29 +180,3 @@ def _load_foreign(path: Path) -> tuple[SiT, dict[str, Any]]:
         "class_names": [str(label) for label in range(config.num_classes)],
         "path_type": path_type,
     }
-    return model.eval().requires_grad_(False), info
-
-
-def _read_foreign(path: Path) -> dict[str, Any]:
-    """The tensors and plain values of a file of another project's.
-
-    Such files also hold their command line, as an `argparse.Namespace`: that one class is let through, which cannot run
-    code, and no other.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # Mapped where the file can be: it holds the optimizer's state, too, which nobody reads here.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, SafetensorError) as error:
-        reason = next(
-            (line for line in str(error).splitlines() if "nsupported" in line), "it is damaged, or no such file"
-        )
-        raise ValueError(
-            f"{path}: expected a checkpoint of tensors and plain values (.pt or .safetensors), found another "
-            f"({' '.join(reason.split())[:200]}); nothing in it was run"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dictionary of tensors, found a {type(content).__name__}")
-    return content

@@ -17,9 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from runtime.files import Field, fields_of, read_record
 
 # name: (depth, hidden size, heads). S to XL are those of DiT and SiT; Ti is for tests and the demo.
 SIT_SIZES = {"Ti": (6, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -27,18 +31,24 @@ PATCH_SIZES = (1, 2, 4, 8)
 TIME_FREQUENCIES = 256
 
 
+RECORDED = {"record": Field()}  # every config.json has the field
+
+
 @dataclasses.dataclass(frozen=True)
 class SiTConfig:
-    """Everything that determines the shape of a `SiT`; stored beside its weights."""
+    """Everything that determines the shape of a `SiT`; stored beside its weights as `config.json`.
+
+    A new field needs `metadata={"record": Field(historic)}`: what the checkpoints that lack it were trained with.
+    """
 
     depth: int
     hidden_size: int
     num_heads: int
     patch_size: int
-    latent_size: int = 32
-    in_channels: int = 4
-    num_classes: int = 1000
-    mlp_ratio: float = 4.0
+    latent_size: int = dataclasses.field(default=32, metadata=RECORDED)
+    in_channels: int = dataclasses.field(default=4, metadata=RECORDED)
+    num_classes: int = dataclasses.field(default=1000, metadata=RECORDED)
+    mlp_ratio: float = dataclasses.field(default=4.0, metadata=RECORDED)
 
     @classmethod
     def from_name(cls, name: str, latent_size: int = 32, in_channels: int = 4, num_classes: int = 1000) -> SiTConfig:
@@ -81,16 +91,13 @@ class SiTConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> SiTConfig:
-        """Inverse of `to_dict`.
+    def from_dict(cls, values: dict, source: str | Path = "the SiT's settings") -> SiTConfig:
+        """Inverse of `to_dict`; also reads what older code wrote.
 
         Raises:
-            ValueError: missing or unknown keys.
+            ValueError: missing or unknown keys in `source`.
         """
-        expected = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != expected:
-            raise ValueError(f"expected the SiT settings {sorted(expected)}, found {sorted(values)}")
-        return cls(**values)
+        return cls(**read_record(values, fields_of(cls), source))
 
 
 def patchify(x: Tensor, p: int) -> Tensor:  # (N, C, H, W) -> (N, T, p*p*C)
@@ -219,14 +226,15 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class SiT(
-    nn.Module, PyTorchModelHubMixin,
-    library_name="vae-repa", license="apache-2.0", pipeline_tag="unconditional-image-generation",
-):  # fmt: skip
+HUB = {"library_name": "vae-repa", "license": "apache-2.0", "pipeline_tag": "unconditional-image-generation"}
+
+
+class SiT(nn.Module, PyTorchModelHubMixin, **HUB):
     """v(y_t, t | class), float32 weights; under autocast the tokens between blocks are in the lower precision.
 
-    `save_pretrained`, `push_to_hub` and `from_pretrained` (a folder or a name on the hub; in eval mode) know config and
-    weights alone. What sampling needs beside them is written by `analysis.publish` and read by `pipeline.py`.
+    `save_pretrained`, `push_to_hub` and `from_pretrained` (a directory or a name on the hub; in eval mode) know config
+    and weights alone. What sampling needs beside them is written by `analysis.publish`, and read by
+    `sampling/pipeline.py`.
 
     Attributes:
         checkpoint_every: recompute every k-th block in the backward pass, of which only the input is kept (0: none).
@@ -297,14 +305,10 @@ class SiT(
         Raises:
             ValueError: settings or weights are missing, or do not fit.
         """
-        from huggingface_hub import hf_hub_download
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         fields = {field.name for field in dataclasses.fields(SiTConfig)}  # a config.json may say more
         sit = cls(SiTConfig.from_dict({name: value for name, value in (config or {}).items() if name in fields}))
-        folder, name = Path(model_id), "model.safetensors"
-        file = folder / name if folder.is_dir() else hf_hub_download(model_id, name, **hub)
+        directory, name = Path(model_id), "model.safetensors"
+        file = directory / name if directory.is_dir() else hf_hub_download(model_id, name, **hub)
         try:
             sit.load_state_dict(load_file(file))
         except (SafetensorError, OSError, RuntimeError) as error:

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import constants, get_session
 from torch import Tensor
+
+from models.convert_vae import convert_vae
+from models.tensor_file import load_exactly, read_tensor_file, unwrap
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -70,8 +74,6 @@ def scale_from_config(vae: AutoencoderKL) -> LatentScale:
 
 def hub_is_reachable() -> bool:
     """Whether the hub can be reached: asked once, since its client repeats a vain attempt for half a minute."""
-    from huggingface_hub import constants, get_session
-
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -82,49 +84,45 @@ def hub_is_reachable() -> bool:
 
 
 def load_vae(name_or_path: str, device: str | torch.device = "cpu") -> AutoencoderKL:
-    """A diffusers `AutoencoderKL`, frozen, float32, in eval mode: from the hub, a local folder, or a file.
+    """A diffusers `AutoencoderKL`, frozen, float32, in eval mode: from the hub, a local directory, or a file.
 
     Args:
-        name_or_path: a name on the hub; a folder as diffusers saves it; or a .pt or .safetensors file in the layout of
-            latent diffusion's own code, such as VA-VAE's.
+        name_or_path: a name on the hub; a directory as diffusers saves it; or a .pt or .safetensors file in the layout
+            of latent diffusion's own code, such as VA-VAE's.
 
     Raises:
         ValueError: neither can be read; the message names `--vae`.
     """
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL  # 4 s, which programs without a VAE do not wait for
 
-    folder = Path(name_or_path)
-    if folder.is_file():
-        from models.convert_vae import read_ldm_file
-
+    path = Path(name_or_path)
+    if path.is_file():
         try:
-            vae = read_ldm_file(folder)
+            settings, tensors = convert_vae(unwrap(read_tensor_file(path), ("state_dict", "model")))
+            vae = AutoencoderKL(**settings)
+            load_exactly(vae, tensors, "an AutoencoderKL of diffusers")
         except ValueError as error:
             raise ValueError(f"--vae {name_or_path}: {error}") from error
         return vae.to(device).eval().requires_grad_(False)
-    if not folder.exists() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
-        raise ValueError(
-            f"--vae: expected a folder or file with an AutoencoderKL, or its name on the hub, found {name_or_path!r}, "
-            f"a path where there is nothing; give an existing local folder or file"
-        )
-    subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None
-    offline = not folder.exists() and not hub_is_reachable()
+    expected = (
+        f"--vae: expected a directory or file with an AutoencoderKL, or its name on the hub, found {name_or_path!r}"
+    )
+    if not path.exists() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+        raise ValueError(f"{expected}, a path where there is nothing; give an existing local directory or file")
+    offline = not path.exists() and not hub_is_reachable()
     try:
         with warnings.catch_warnings():
             # diffusers passes an argument that newer clients of the hub warn of
             warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
             vae = AutoencoderKL.from_pretrained(
                 str(name_or_path),
-                subfolder=subfolder,
+                subfolder="vae" if (path / "vae" / "config.json").is_file() else None,
                 torch_dtype=torch.float32,
-                local_files_only=folder.exists() or offline,
+                local_files_only=path.exists() or offline,
             )
     except (OSError, ValueError) as error:
         reason = "the hub cannot be reached" if offline else " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"--vae: expected a folder or file with an AutoencoderKL, or its name on the hub, found {name_or_path!r} "
-            f"({reason}); without a network give a local folder"
-        ) from error
+        raise ValueError(f"{expected} ({reason}); without a network give a local directory") from error
     return vae.to(device).eval().requires_grad_(False)
 
 

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from models.convert_vae import autoencoder_from_ldm
 from models.vae import LatentScale, decode_images, encode_moments, load_vae, scale_from_config, vae_factor
 
 
@@ -150,9 +149,10 @@ SMALL = {"ch": 32, "mult": (1, 2, 2), "blocks": 2, "attention": (2,), "z": 4}
     [SMALL, {**SMALL, "attention": ()}, {**SMALL, "attention": (1, 2), "blocks": 1}, {**SMALL, "middle": False}],
     ids=["last level", "no attention", "two levels", "no middle"],
 )
-def test_a_converted_autoencoder_is_the_layouts_own_forward(shape):
+def test_a_converted_autoencoder_is_the_layouts_own_forward(shape, tmp_path):
     state = ldm_state(**shape)
-    vae, reference = autoencoder_from_ldm(state).double(), Reference(state)
+    save_file(state, tmp_path / "vae.safetensors")
+    vae, reference = load_vae(str(tmp_path / "vae.safetensors")).double(), Reference(state)
     images = torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
     with torch.no_grad():
         posterior = vae.encode(images).latent_dist
@@ -186,9 +186,9 @@ def test_load_vae_takes_a_file(prefix, suffix, tmp_path):
 
 
 @pytest.mark.slow
-def test_va_vae_at_full_size_gives_32_channels_at_a_sixteenth():
-    state = ldm_state(ch=128, mult=(1, 1, 2, 2, 4), blocks=2, attention=(4,), z=32)
-    vae = autoencoder_from_ldm(state)
+def test_va_vae_at_full_size_gives_32_channels_at_a_sixteenth(tmp_path):
+    save_file(ldm_state(ch=128, mult=(1, 1, 2, 2, 4), blocks=2, attention=(4,), z=32), tmp_path / "vae.safetensors")
+    vae = load_vae(str(tmp_path / "vae.safetensors"))
     assert vae_factor(vae) == 16
     assert list(vae.config.block_out_channels) == [128, 128, 256, 256, 512]
     moments = encode_moments(vae, torch.zeros(1, 64, 64, 3, dtype=torch.uint8))
@@ -219,7 +219,7 @@ def test_what_is_no_such_autoencoder_is_named(tmp_path):
     assert "expected channels in 32 groups" in refused(ldm_state(48, (1, 1), 1, (), 4))
     down = {name: value for name, value in state.items() if not name.startswith("encoder.down")}
     assert "(with encoder.down.0.block.0.conv1.weight)" in refused(down)
-    assert "found diffusers'; give its folder" in refused(
+    assert "found diffusers'; give its directory" in refused(
         {"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}
     )
     lacking = {name: value for name, value in state.items() if name != "decoder.up.1.block.2.conv2.bias"}

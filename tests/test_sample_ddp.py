@@ -503,7 +503,7 @@ def test_samples_of_other_settings_are_refused_by_name(checkpoint, whole, tmp_pa
         ({"sampler": "ddim"}, "invalid choice: 'ddim'"),
         ({"checkpoint": "absent"}, "not a checkpoint: nothing at absent"),
         ({"checkpoint": "."}, "not a checkpoint"),
-        ({"vae": "absent/folder/vae"}, "--vae: expected a folder or file with an AutoencoderKL"),
+        ({"vae": "absent/folder/vae"}, "--vae: expected a directory or file with an AutoencoderKL"),
         ({"guidance_rescale": 1}, "unknown flag --guidance-rescale"),
     ],
 )

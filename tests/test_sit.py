@@ -1,5 +1,6 @@
 """The backbone against published sizes, an independently written forward, and its own invariants."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from models.aligned import AlignedSiT
 from models.projector import ConvHead, Projector
 from models.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig, patchify, unpatchify
+from runtime.files import Field
 
 
 def count(module):
@@ -62,8 +64,8 @@ def test_state_dict_keys_are_those_of_sit_and_repa():
     block += ["adaLN_modulation.1.weight", "adaLN_modulation.1.bias"]
     expected = {f"blocks.{i}.{name}" for i in range(3) for name in block}
     expected |= {"pos_embed", "y_embedder.embedding_table.weight"}
-    for layer in ("x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear",
-                  "final_layer.adaLN_modulation.1"):  # fmt: skip
+    layers = "x_embedder.proj t_embedder.mlp.0 t_embedder.mlp.2 final_layer.linear final_layer.adaLN_modulation.1"
+    for layer in layers.split():
         expected |= {f"{layer}.weight", f"{layer}.bias"}
     assert set(SiT(TINY).state_dict()) == expected
 
@@ -157,18 +159,18 @@ def test_adaln_zero_makes_blocks_identities_and_the_output_zero():
     assert torch.equal(first, model.x_embedder(x) + model.pos_embed)
 
 
-def test_taps_do_not_change_the_velocity():
+def test_returned_blocks_do_not_change_the_velocity():
     model = randomised(TINY)
     x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1, 5])
     assert torch.equal(model(x, t, y), model(x, t, y, return_blocks=(2,))[0])
 
 
-def test_tokens_are_the_taps_of_a_whole_pass():
+def test_tokens_are_the_returned_blocks_of_a_whole_pass():
     model = randomised(TINY)
     x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1, 5])
-    _, return_blocks = model(x, t, y, return_blocks=(1, 2, 3))
-    for depth, tap in enumerate(return_blocks, start=1):
-        assert torch.equal(model.tokens(x, t, y, depth), tap)
+    _, blocks = model(x, t, y, return_blocks=(1, 2, 3))
+    for depth, tokens in enumerate(blocks, start=1):
+        assert torch.equal(model.tokens(x, t, y, depth), tokens)
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -221,8 +223,20 @@ def test_config_round_trip_and_refusals():
         SiTConfig.from_name("SiT-XL/3")
     with pytest.raises(ValueError, match="divisible by the patch side 8, found 4"):
         SiTConfig.from_name("SiT-S/8", latent_size=4)
-    with pytest.raises(ValueError, match="expected the SiT settings"):
-        SiTConfig.from_dict({"depth": 2})
+    for name in config.to_dict():
+        lacking = {key: value for key, value in config.to_dict().items() if key != name}
+        with pytest.raises(ValueError, match=rf"^x\.json: damaged, it lacks '{name}'"):
+            SiTConfig.from_dict(lacking, "x.json")
+    with pytest.raises(ValueError, match=r"^x\.json was written by newer code: it has 'registers'"):
+        SiTConfig.from_dict(config.to_dict() | {"registers": 4}, "x.json")
+
+
+def test_a_new_field_of_the_config_reads_old_records_with_its_historic_value():
+    registers = dataclasses.field(default=4, metadata={"record": Field(0)})
+    newer = dataclasses.make_dataclass("Newer", [("registers", int, registers)], bases=(SiTConfig,), frozen=True)
+    old = SiTConfig.from_name("SiT-XL/2").to_dict()
+    assert newer.from_dict(old) == newer(**old, registers=0)
+    assert newer.from_dict(newer(**old).to_dict()).registers == 4
 
 
 @pytest.mark.parametrize("layers", range(1, 9))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from models.vae import (
     UNKNOWN_VAE,
@@ -42,7 +43,7 @@ def test_scales_that_mean_nothing_are_refused(scale, shift):
         LatentScale(scale, shift)
 
 
-def test_moments_are_mean_and_deviation_for_inputs_in_minus_one_to_one(folder):
+def test_moments_are_mean_and_std_for_inputs_in_minus_one_to_one(folder):
     vae = load_vae(str(folder))
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     moments = encode_moments(vae, images)
@@ -82,7 +83,9 @@ def test_another_vae_than_the_recorded_one_is_refused(folder):
     digest = vae_digest(vae)
     assert check_vae(vae, "x", digest, resolution=32, latent_shape=(4, 8, 8)) == digest
     assert check_vae(vae, "x", UNKNOWN_VAE) == digest
-    with pytest.raises(ValueError, match=r"^--vae: expected the VAE of the store \(digest f{12}\.\.\.\), found .* in x "):
+    with pytest.raises(
+        ValueError, match=r"^--vae: expected the VAE of the store \(digest f{12}\.\.\.\), found .* in x "
+    ):
         check_vae(vae, "x", "f" * 64, "the store")
     for resolution, shape in ((64, (4, 8, 8)), (32, (8, 8, 8)), (32, (4, 16, 16))):
         with pytest.raises(ValueError, match=r"^--vae: expected images of side .* with x; it is not the VAE of"):
@@ -106,7 +109,7 @@ def test_scale_comes_from_the_config(folder):
 def test_an_absent_hub_is_named_at_once_without_a_warning(monkeypatch, recwarn):
     monkeypatch.setattr("models.vae.hub_is_reachable", lambda: False)
     with pytest.raises(
-        ValueError, match=r"^--vae.*\(the hub cannot be reached\); without a network give a local folder"
+        ValueError, match=r"^--vae.*\(the hub cannot be reached\); without a network give a local directory"
     ):
         load_vae("stabilityai/sd-vae-ft-mse")
     assert not recwarn.list
@@ -117,20 +120,22 @@ def test_what_cannot_be_loaded_names_the_flag(tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     for name in ("stabilityai/sd-vae-ft-mse", str(tmp_path / "absent"), str(tmp_path), str(tmp_path / "other")):
-        with pytest.raises(ValueError, match=r"--vae.*local folder") as error:
+        with pytest.raises(ValueError, match=r"--vae.*local directory") as error:
             load_vae(name)
         assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
 def test_a_full_size_sd_vae_gives_8_x_32_x_32_moments(tmp_path):
-    from diffusers import AutoencoderKL
-
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=256,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=256,
+    )
     assert round(sum(p.numel() for p in vae.parameters()) / 1e6) == 84
     vae.save_pretrained(tmp_path / "vae")
     vae = load_vae(str(tmp_path / "vae"))
