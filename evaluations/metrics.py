@@ -109,13 +109,14 @@ def precision_recall(
     points inside the ball of at least one sample. A point's ball reaches to its k-th nearest neighbour in its own set.
     Squared distances are max(|u|^2 - 2 uv + |v|^2, 0); the border belongs to the ball.
 
-    The original holds everything in float16. Here "fp16" rounds to float16 whatever it stores there: the features,
-    their squares, the norms, the products, the two sums. Products are summed in float32, as on a tensor core; numpy has
-    no fast float16 product. Norms are summed with partial sums in float16, in an order that the original leaves to its
-    hardware. The one here (`_half_sums`) was chosen among some hundred for agreeing with the original's recorded
-    values: seven of eight exactly, one to 0.0025; norms summed in float32 agree to 0.0025 with 900 points and more, and
-    miss by two points of 96 in a small case. So expect about 0.002 between machines. A block of the matrix that
-    overflows float16 is computed again in float32, as there. "fp32" is exact to float32 and repeats everywhere.
+    The original holds everything in float16. So does "fp16": one float16 product, its sums taken in float32 as on a
+    tensor core, and float16 sums of it and the norms. A block that overflows float16 is computed again in float32, as
+    there. The order of a float16 norm's partial sums is the hardware's. The one of `_half_sums` was chosen because it
+    gives the original's recorded values: seven of eight exactly, one to 0.0025. Norms summed in float32 do as well with
+    900 points and more, but miss the recall of a case of 96 points by 0.021. On pairs of 900 and 1,100 points from
+    five other seeds, 20 other orders of the sums were tried: they gave up to 0.007 more or less precision and 0.011 more
+    or less recall, norms summed one after the other 0.008 and 0.027. So expect 0.01 between machines, and more for few
+    points. "fp32" is exact to float32 and repeats everywhere.
 
     Time is one matrix product of R^2 + S^2 + R S rows; memory is both sets in float32, twice, and one block.
 
@@ -157,7 +158,7 @@ def precision_recall(
 
 
 class _Points:
-    """One set of features: `exact` (N, D) float32, and what the products are made of."""
+    """One set of features: `exact` (N, D) float32, `rounded` for the products, and the squared `norms` (N,)."""
 
     def __init__(self, features: np.ndarray, distance: str):
         self.exact = np.ascontiguousarray(features, dtype=np.float32)  # (N, D)
@@ -166,30 +167,23 @@ class _Points:
                 f"expected finite features (N, D), found {self.exact.shape}"
                 + (" with NaN or infinity; fix: look for broken images" if self.exact.ndim == 2 else "")
             )
-        self.half = distance == "fp16"
-        self.rounded = _to_half(self.exact.copy()) if self.half else self.exact  # (N, D)
-        self.norms = np.empty(len(self.exact), dtype=np.float32)  # (N,)
-        for start in range(0, len(self.exact), BLOCK_ROWS):
-            squares = np.square(self.rounded[start : start + BLOCK_ROWS])  # (n, D)
-            self.norms[start : start + BLOCK_ROWS] = _half_sums(squares) if self.half else squares.sum(axis=1)
+        self.rounded, self.norms = self.exact, np.square(self.exact).sum(axis=1)
+        if distance == "fp16":
+            with np.errstate(over="ignore"):  # what is infinite is computed again in float32
+                half = self.exact.astype(np.float16)
+                self.rounded = half.astype(np.float32)  # numpy has no fast float16 product
+                starts = range(0, len(half), BLOCK_ROWS)
+                self.norms = np.concatenate([_half_sums(np.square(half[i : i + BLOCK_ROWS])) for i in starts])
 
 
-def _to_half(array: np.ndarray) -> np.ndarray:
-    """Round float32 values to the nearest float16, in place and kept in float32."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        array[...] = array.astype(np.float16)
-    return array
-
-
-def _half_sums(values: np.ndarray) -> np.ndarray:
-    """Sums (N,) of float32 values (N, D) with partial sums in float16: 4 lanes over runs of 128, then the runs."""
-    padded = np.zeros((len(values), 128 * -(-values.shape[1] // 128)), dtype=np.float32)
-    padded[:, : values.shape[1]] = values
-    runs = _to_half(padded).reshape(len(values), -1, 32, 4)  # (N, runs, 32, 4)
+def _half_sums(values: np.ndarray) -> np.ndarray:  # (N, D) float16 -> (N,) float16
+    """Sums with partial sums in float16: 4 lanes over runs of 128, then the runs."""
+    runs = np.pad(values, ((0, 0), (0, -values.shape[1] % 128))).reshape(len(values), -1, 32, 4)  # (N, runs, 32, 4)
     lanes = np.zeros_like(runs[:, :, 0])  # (N, runs, 4)
-    for step in range(runs.shape[2]):
-        lanes = _to_half(lanes + runs[:, :, step])
-    return _to_half(_to_half(lanes.sum(axis=2)).sum(axis=1))
+    for step in range(32):
+        lanes += runs[:, :, step]
+    sums = lanes.sum(axis=2, dtype=np.float32).astype(np.float16)  # (N, runs)
+    return sums.sum(axis=1, dtype=np.float32).astype(np.float16)
 
 
 def _blocks(first: _Points, second: _Points):
@@ -204,43 +198,24 @@ def _blocks(first: _Points, second: _Points):
             columns = slice(column, min(column + BLOCK_COLUMNS, len(second.exact)))
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             block = buffer[: shape[0] * shape[1]].reshape(shape)  # (rows, columns)
-            _squared_distances(first, second, rows, columns, block)
+            u, v = first.rounded[rows], second.rounded[columns]
+            _squared_distances(u, v, first.norms[rows], second.norms[columns], block)
+            if not np.isfinite(block).all():  # beyond float16
+                u, v = first.exact[rows], second.exact[columns]
+                _squared_distances(u, v, np.square(u).sum(axis=1), np.square(v).sum(axis=1), block)
             yield rows, columns, block
 
 
-def _squared_distances(first: _Points, second: _Points, rows: slice, columns: slice, out: np.ndarray) -> None:
-    """Fill `out` (rows, columns) with max(|u|^2 - 2 uv + |v|^2, 0), rounded after each step where the set is half."""
-    np.matmul(first.rounded[rows], second.rounded[columns].T, out=out)  # (rows, columns)
-    if first.half:
-        with np.errstate(invalid="ignore"):  # infinite - infinite, found below
-            _finish(first, second, rows, columns, out)
-        if np.isfinite(out).all():
-            return
-        u, v = first.exact[rows], second.exact[columns]
+def _squared_distances(
+    u: np.ndarray, v: np.ndarray, u_norms: np.ndarray, v_norms: np.ndarray, out: np.ndarray
+) -> None:  # (R, D), (S, D), (R,), (S,), (R, S)
+    """Fill `out` with max(|u|^2 - 2 uv + |v|^2, 0), each step rounded to the type of the norms."""
+    with np.errstate(over="ignore", invalid="ignore"):
         np.matmul(u, v.T, out=out)
-        out *= -2.0
-        out += np.square(u).sum(axis=1)[:, None]
-        out += np.square(v).sum(axis=1)[None]
-        np.maximum(out, 0.0, out=out)
-    else:
-        _finish(first, second, rows, columns, out)
-
-
-def _finish(first: _Points, second: _Points, rows: slice, columns: slice, out: np.ndarray) -> None:
-    """Turn the products in `out` (rows, columns) into squared distances."""
-    strip = 64  # rows finished at a time, so that the passes below stay in the cache
-    for start in range(0, len(out), strip):
-        part = out[start : start + strip]  # (strip, columns)
-        if first.half:
-            _to_half(part)
-        part *= -2.0
-        part += first.norms[rows][start : start + strip, None]
-        if first.half:
-            _to_half(part)
-        part += second.norms[None, columns]
-        if first.half:
-            _to_half(part)
-        np.maximum(part, 0.0, out=part)
+        for start in range(0, len(out), 64):  # rows at a time that stay in the cache
+            rows = slice(start, start + 64)
+            product = out[rows].astype(u_norms.dtype, copy=False)
+            np.maximum(u_norms[rows, None] - 2 * product + v_norms, 0, out=out[rows])
 
 
 def _radii(points: _Points, k: int) -> np.ndarray:
