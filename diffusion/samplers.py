@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from diffusion.guidance import Velocity, guided_velocity  # noqa: F401 (the public name is of this module)
 from diffusion.interpolant import Interpolant
-from runtime.seeding import BLOCK, block_generator
 
 
 def _check_steps(num_steps: int) -> None:
@@ -119,46 +118,3 @@ def sample_sde(
 def diffusion(t: float) -> float:
     """w_t of the reverse SDE, as in SiT ("linear") and REPA."""
     return 2 * t
-
-
-def block_noise(
-    seed: int, first: int, count: int, shape: Sequence[int], device: str | torch.device
-) -> Callable[..., Tensor]:
-    """A function whose calls give standard normal numbers (count, *shape): of each block from its own generator.
-
-    So what image i gets depends on the seed and i alone, whoever draws it and in whatever company.
-
-    Args:
-        seed: of the set of samples.
-        first: number of the first image, a multiple of `BLOCK`.
-        count: images, a multiple of `BLOCK`.
-        shape: of one latent, (C, H, W).
-        device: of the generators; CPU and GPU give different numbers.
-    """
-    assert first % BLOCK == 0 and count % BLOCK == 0, "whole blocks"  # noqa: PT018
-    blocks = range(first // BLOCK, (first + count) // BLOCK)
-    generators = [block_generator(seed, block, "sample noise", device) for block in blocks]
-
-    def draw(step: int = -1) -> Tensor:  # -> (count, *shape)
-        return torch.cat([torch.randn(BLOCK, *shape, generator=g, device=device) for g in generators])
-
-    return draw
-
-
-def solve(
-    sampler: str,
-    velocity: Velocity,
-    noise: Callable[..., Tensor],
-    num_steps: int,
-    interpolant: Interpolant,
-    last_step_size: float | None = None,
-) -> Tensor:  # -> (N, ...) float64
-    """Samples by a solver ("sde", "ode-euler" or "ode-heun"): the first draw of `noise` is the state at t = 1, the
-    following ones are those of the SDE.
-
-    Args: as those of `sample_ode` and `sample_sde`; `last_step_size` is the SDE's alone.
-    """
-    x = noise()
-    if sampler == "sde":
-        return sample_sde(velocity, x, num_steps, noise, interpolant, last_step_size)
-    return sample_ode(velocity, x, num_steps, heun=sampler == "ode-heun")

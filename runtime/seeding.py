@@ -7,14 +7,9 @@ again and gets the same numbers. Purposes are short names ("noise", "time", ...)
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
-
-BLOCK = 16  # sampled images that share a generator; part of what determines the images
+import torch
 
 
 def _digest(kind: str, seed: int, index: int, purpose: str) -> bytes:
@@ -23,8 +18,6 @@ def _digest(kind: str, seed: int, index: int, purpose: str) -> bytes:
 
 
 def _torch_generator(kind: str, seed: int, index: int, purpose: str, device: str | torch.device) -> torch.Generator:
-    import torch  # here, so that programs can read BLOCK without waiting for it
-
     state = int.from_bytes(_digest(kind, seed, index, purpose)[:8], "little")
     return torch.Generator(device).manual_seed(state)
 

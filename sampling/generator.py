@@ -23,8 +23,8 @@ from diffusion.interpolant import Interpolant
 from diffusion.samplers import sample_ode, sample_sde
 from models.sit import SiT
 from models.vae import LatentScale, decode, to_uint8
-from runtime.seeding import BLOCK, block_generator, numpy_generator
-from sampling.config import SAMPLERS
+from runtime.seeding import block_generator, numpy_generator
+from sampling.config import BLOCK, SAMPLERS, SampleConfig
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -83,6 +83,19 @@ def decode_latents(vae: AutoencoderKL, z: Tensor, scale: LatentScale) -> tuple[T
     return torch.cat(images)[:count], torch.cat(finite)[:count]
 
 
+def put_on_device(
+    sit: SiT, vae: AutoencoderKL, device: torch.device, compile: bool = False, vae_precision: str = "no"
+) -> None:
+    """Move SiT and VAE to a device; on demand compile the SiT's blocks, and decode in "bf16" instead of float32."""
+    if vae_precision == "bf16":  # its convolutions run on the GPU's matrix units, channels last
+        vae.bfloat16().to(memory_format=torch.channels_last)
+    if compile:  # two static shapes: a batch, and with guidance a doubled one
+        for block in sit.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    sit.to(device)
+    vae.to(device)
+
+
 def block_noise(
     seed: int, first: int, count: int, shape: Sequence[int], device: str | torch.device
 ) -> Callable[..., Tensor]:
@@ -120,6 +133,23 @@ def draw_labels(rule: str, classes: np.ndarray, seed: int, first: int, count: in
         generator = numpy_generator(seed, index, f"sample labels {rule}")
         pieces.append(generator.permutation(K) if rule == "balanced" else generator.integers(K, size=period))
     return classes[np.concatenate(pieces)[first % period :][:count]].astype(np.int64)
+
+
+def choose_classes(config: SampleConfig, num_classes: int) -> np.ndarray:  # -> (K,) int64
+    """The classes to draw from.
+
+    Raises:
+        ValueError: one that the model does not know, or one named twice.
+    """
+    if config.classes is None:
+        return np.arange(num_classes)
+    wrong = [label for label in config.classes if not 0 <= label < num_classes]
+    if wrong or len(set(config.classes)) != len(config.classes):
+        raise ValueError(
+            f"--classes: expected different numbers from 0 to {num_classes - 1}, "
+            f"found {' '.join(map(str, config.classes))}"
+        )
+    return np.array(config.classes)
 
 
 @dataclass

@@ -2,13 +2,13 @@
 
     from sampling.pipeline import VAEREPAPipeline
 
-    pipe = VAEREPAPipeline.from_pretrained("name/model")  # or a folder that `python -m analysis.publish` made
+    pipe = VAEREPAPipeline.from_pretrained("name/model")  # or a directory that `python -m analysis.publish` made
     pipe(class_labels=[207, 360], guidance_scale=4.0, seed=0).images[0].save("golden.png")
 
 The images are those of `sample_ddp.py` with the same seed, labels and settings. Nothing of training is imported.
 
 No `diffusers.DiffusionPipeline` underneath: that loads each part from a subfolder by a class that diffusers itself has
-(or runs code from the hub), and steps through a scheduler. Here the SiT lies at the top of the folder, where
+(or runs code from the hub), and steps through a scheduler. Here the SiT lies at the top of the directory, where
 `SiT.from_pretrained` finds it, and the solvers keep a float64 state and draw noise by blocks, which no scheduler does.
 
 Shape suffixes: N images, B images of a batch, R image side, C latent channels, H = W latent side.
@@ -17,10 +17,8 @@ Shape suffixes: N images, B images of a batch, R image side, C latent channels, 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import math
-import mmap
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,24 +27,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from huggingface_hub import snapshot_download
+from PIL import Image
 
 from diffusion.interpolant import Interpolant
-from diffusion.samplers import block_noise, guided_velocity, solve
-from models.sit import SiT
-from models.vae import UNKNOWN_VAE, LatentScale, decode_images, hub_is_reachable, load_vae, vae_digest, vae_factor
-from runtime.seeding import BLOCK
-from sampling.config import SAMPLERS
+from models.sit import SiT, SiTConfig
+from models.vae import LatentScale, check_vae, hub_is_reachable, load_vae
+from runtime.files import Field, fields_of, read_record, sha256
+from sampling.batch_size import round_up_to_block
+from sampling.config import BLOCK, SAMPLERS
+from sampling.generator import block_noise, decode_latents, put_on_device, sample_latents
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-    from PIL import Image
 
-FORMAT = "vae-repa-model"  # of a published folder; written by analysis/publish.py
+FORMAT = "vae-repa-model"  # of a published directory; written by analysis/publish.py
 VERSION = 1
-NEEDED = (  # in config.json, beside the fields of `SiTConfig`
-    "step", "weights_sha256", "path_type", "latent_scale", "vae", "vae_digest", "resolution", "class_names",
-)  # fmt: skip
+_NEEDED = "format format_version step weights_sha256 path_type latent_scale vae vae_digest resolution class_names"
+FIELDS = fields_of(SiTConfig) | {name: Field() for name in _NEEDED.split()} | {"card_sha256": Field(None)}
 BATCH = 64  # the default of sample_ddp.py
 PRECISIONS = ("no", "bf16")
 
@@ -60,7 +58,7 @@ class VAEREPAPipeline:
     """A SiT, its VAE and what sampling needs to know, on one device. Made by `from_pretrained`.
 
     Attributes:
-        sit: the averaged weights, frozen.
+        sit: with the EMA weights, frozen.
         vae: the decoder.
         config: what `config.json` says: `step`, `resolution`, `class_names`, ...
         device: where all of it is.
@@ -76,16 +74,21 @@ class VAEREPAPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, vae: str | Path | None = None, device: str | torch.device | None = None,
-        mixed_precision: str | None = None, vae_precision: str | None = None, compile: bool = False,
+        cls,
+        path: str | Path,
+        vae: str | Path | None = None,
+        device: str | torch.device | None = None,
+        mixed_precision: str | None = None,
+        vae_precision: str | None = None,
+        compile: bool = False,
         revision: str | None = None,
-    ) -> VAEREPAPipeline:  # fmt: skip
+    ) -> VAEREPAPipeline:
         """Load a published model.
 
         Args:
-            path: its folder, or its name on the hub.
-            vae: local folder or file of the VAE, or its name on the hub, if neither `vae/` in the folder nor what the
-                model records is to be taken. It must be the VAE that the model was trained with.
+            path: its directory, or its name on the hub.
+            vae: local directory or file of the VAE, or its name on the hub, if neither `vae/` in the model's directory
+                nor what the model records is to be taken. It must be the VAE that the model was trained with.
             device: by default a GPU if there is one.
             mixed_precision: of the SiT, "no" (float32) or "bf16"; by default bf16 on a GPU, as sample_ddp.py does.
             vae_precision: of the decoder; the same.
@@ -101,23 +104,27 @@ class VAEREPAPipeline:
         for name, value in (("mixed_precision", mixed_precision), ("vae_precision", vae_precision)):
             if value not in PRECISIONS:
                 raise ValueError(f"{name}: expected one of {', '.join(PRECISIONS)}, found {value!r}")
-        folder = _fetch(path, revision)
-        config = read_config(folder)
-        sit = SiT.from_pretrained(folder).requires_grad_(False)
-        decoder = _load_decoder(folder, config, sit, vae)  # in float32, as its digest was taken
-        if vae_precision == "bf16":
-            decoder = decoder.bfloat16().to(memory_format=torch.channels_last)
-        if compile:
-            for block in sit.blocks:
-                block.compile(fullgraph=True, dynamic=False)
-        return cls(sit.to(device), decoder.to(device), config, device, mixed_precision)
+        directory = _fetch(path, revision)
+        config = read_config(directory)
+        sit = SiT.from_pretrained(directory).requires_grad_(False)
+        decoder = _load_decoder(directory, config, sit, vae)
+        put_on_device(sit, decoder, device, compile, vae_precision)
+        return cls(sit, decoder, config, device, mixed_precision)
 
     def __call__(
-        self, class_labels: int | str | Iterable[int | str], guidance_scale: float = 4.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0), num_inference_steps: int = 250, sampler: str = "sde",
-        seed: int = 0, last_t: float = 0.04, batch_size: int | None = None, height: int | None = None,
+        self,
+        class_labels: int | str | Iterable[int | str],
+        guidance_scale: float = 4.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: int = 250,
+        sampler: str = "sde",
+        seed: int = 0,
+        last_step_size: float = 0.04,
+        last_t: float | None = None,
+        batch_size: int | None = None,
+        height: int | None = None,
         width: int | None = None,
-    ) -> PipelineOutput:  # fmt: skip
+    ) -> PipelineOutput:
         """Draw an image for each label.
 
         Image i depends on the seed, i, its label and the settings, and equals image i of `sample_ddp.py` with as many
@@ -132,7 +139,8 @@ class VAEREPAPipeline:
             num_inference_steps: steps; each costs one evaluation of the network (ode-heun: two).
             sampler: "sde", "ode-euler" or "ode-heun".
             seed: of the noise.
-            last_t: sde: time at which the last step, without noise, begins.
+            last_step_size: sde: size of the last step, which has no noise; it ends at t = 0.
+            last_t: the old name of `last_step_size`.
             batch_size: images at once, a multiple of 16; by default 64, or fewer if fewer are asked for.
             height, width: if given, must be what the model makes: it knows one size.
 
@@ -140,65 +148,48 @@ class VAEREPAPipeline:
             ValueError: unknown or ambiguous classes, settings out of range, or samples that are not finite.
         """
         numbers = class_numbers(class_labels, self.config["class_names"])
-        self._check(guidance_scale, guidance_interval, num_inference_steps, sampler, seed, last_t, batch_size)
-        for name, side in (("height", height), ("width", width)):
-            if side not in (None, self.config["resolution"]):
-                raise ValueError(
-                    f"{name}: expected {self.config['resolution']}, the one size that this model makes, found {side}; "
-                    f"leave it out, and resize the images"
-                )
-        size = batch_size or min(BATCH, -(-len(numbers) // BLOCK) * BLOCK)
+        last_step_size = last_step_size if last_t is None else last_t
+        low, high = guidance_interval
+        whole = batch_size is None or (batch_size >= BLOCK and batch_size % BLOCK == 0)
+        resolution = self.config["resolution"]
+        one_size = f"{resolution}, the one size of this model's images"
+        for name, found, holds, expected in (
+            ("guidance_scale", guidance_scale, math.isfinite(guidance_scale), "a finite scale (1 is none)"),
+            ("guidance_interval", (low, high), 0 <= low <= high <= 1, "times with 0 <= low <= high <= 1"),
+            ("num_inference_steps", num_inference_steps, num_inference_steps >= 1, "at least 1"),
+            ("sampler", sampler, sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
+            ("seed", seed, seed >= 0, "at least 0"),
+            ("last_step_size", last_step_size, 0 < last_step_size < 1, "a size in (0, 1)"),
+            ("batch_size", batch_size, whole, f"a multiple of {BLOCK} (one block of images)"),
+            ("height", height, height in (None, resolution), one_size),
+            ("width", width, width in (None, resolution), one_size),
+        ):
+            if not holds:
+                raise ValueError(f"{name}: expected {expected}, found {found}")
+
         images = []
+        options = sampler, num_inference_steps, self.interpolant, guidance_scale, (low, high), last_step_size
+        size = batch_size or min(BATCH, round_up_to_block(len(numbers)))
         with _plain_float32():
             for first in range(0, len(numbers), size):
                 labels = numbers[first : first + size]
-                # Batches are whole even at the end, as those of sample_ddp.py; whose labels fill them changes no image.
+                # Every batch is whole, the last one too, as in sample_ddp.py; padding labels change no other image.
                 y = torch.tensor(labels + [0] * (size - len(labels)), device=self.device)
-                velocity = guided_velocity(
-                    self.sit, y, self.sit.config.num_classes, guidance_scale, tuple(guidance_interval), self.autocast
-                )
                 noise = block_noise(seed, first, size, self.latent_shape, self.device)
-                z = solve(sampler, velocity, noise, num_inference_steps, self.interpolant, last_t)[: len(labels)]
-                if not z.isfinite().all():
+                z = sample_latents(self.sit, y, noise, *options, self.autocast)[: len(labels)]
+                pixels, finite = decode_latents(self.vae, z, self.scale)
+                if not finite.all():
                     raise ValueError(
                         "expected finite samples, found some that are not; use mixed_precision='no', or a smaller "
                         "guidance_scale"
                     )
-                images += self._decode(z)
+                images += [Image.fromarray(image) for image in pixels.cpu().numpy()]
         return PipelineOutput(images)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         config = self.sit.config
         return config.in_channels, config.latent_size, config.latent_size
-
-    def _decode(self, z: Tensor) -> list[Image.Image]:  # (B, C, H, W) float64 -> B images
-        """Block by block, as sample_ddp.py does: the decoder, too, rounds by the company that an image has."""
-        from PIL import Image
-
-        count = len(z)
-        z = torch.cat([z, z[-1:].expand(-count % BLOCK, *z.shape[1:])]).float()
-        pixels = torch.cat([decode_images(self.vae, block, self.scale) for block in z.split(BLOCK)])  # (B, R, R, 3)
-        return [Image.fromarray(image) for image in pixels[:count].cpu().numpy()]
-
-    @staticmethod
-    def _check(
-        scale: float, interval: Sequence[float], num_steps: int, sampler: str, seed: int, last_t: float,
-        batch_size: int | None,
-    ) -> None:  # fmt: skip
-        low, high = interval
-        whole = batch_size is None or (batch_size >= BLOCK and batch_size % BLOCK == 0)
-        for name, holds, expected, found in (
-            ("guidance_scale", math.isfinite(scale), "a finite scale (1 is none)", scale),
-            ("guidance_interval", 0 <= low <= high <= 1, "times with 0 <= low <= high <= 1", tuple(interval)),
-            ("num_inference_steps", num_steps >= 1, "at least 1", num_steps),
-            ("sampler", sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}", sampler),
-            ("seed", seed >= 0, "at least 0", seed),
-            ("last_t", 0 < last_t < 1, "a time in (0, 1)", last_t),
-            ("batch_size", whole, f"a multiple of {BLOCK} (one block of images)", batch_size),
-        ):
-            if not holds:
-                raise ValueError(f"{name}: expected {expected}, found {found}")
 
 
 def class_numbers(labels: int | str | Iterable[int | str], names: Sequence[str]) -> list[int]:
@@ -246,31 +237,31 @@ def _named(label: str, names: Sequence[str]) -> int:
     return found[0]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
     """`config.json` of a published model, whose weights have the digest that it records.
 
     Raises:
-        ValueError: the folder holds none, a damaged one, or one of another format.
+        ValueError: the directory holds none, a damaged one, or one of newer code.
     """
+    file, weights = directory / "config.json", directory / "model.safetensors"
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads(file.read_text())
     except (OSError, ValueError):  # of JSON and of UTF-8, too
-        config = {}
-    config = config if isinstance(config, dict) else {}
-    if config.get("format") != FORMAT:
-        ours = (folder / "state.json").is_file() or (folder / "checkpoints").is_dir()
+        config = None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        ours = (directory / "state.json").is_file() or (directory / "checkpoints").is_dir()
         raise ValueError(
             f"expected a published model (config.json with the format {FORMAT}, model.safetensors), found none in "
-            f"{folder}" + (f", which training wrote; publish it: python -m analysis.publish {folder}" if ours else "")
+            f"{directory}"
+            + (f", which training wrote; publish it: python -m analysis.publish {directory}" if ours else "")
         )
-    if config.get("format_version") != VERSION or not set(NEEDED) <= set(config):
-        missing = ", ".join(sorted(set(NEEDED) - set(config)))
+    if config.get("format_version") != VERSION:
         raise ValueError(
-            f"expected a published model of version {VERSION}, found version {config.get('format_version')} in {folder}"
-            + (f", without {missing}" if missing else "; use the code of that version")
+            f"expected a published model of version {VERSION}, found version {config.get('format_version')} in "
+            f"{directory}; use the code of that version"
         )
-    weights = folder / "model.safetensors"
-    if not weights.is_file() or _digest(weights) != config["weights_sha256"]:
+    config = read_record(config, FIELDS, file)
+    if not weights.is_file() or sha256(weights) != config["weights_sha256"]:
         raise ValueError(
             f"expected {weights} as it was published (SHA-256 {config['weights_sha256'][:12]}...), found "
             f"{'another' if weights.is_file() else 'none'}; fetch or publish it again"
@@ -278,27 +269,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _digest(file: Path) -> str:
-    """SHA-256 of a file that is not empty, as `checkpoint.file_sha256`, which would bring training's code."""
-    with open(file, "rb") as opened:
-        if not file.stat().st_size:
-            return hashlib.sha256().hexdigest()
-        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return hashlib.sha256(content).hexdigest()
-
-
 def _fetch(path: str | Path, revision: str | None) -> Path:
-    """The folder of a model: as named, or as the hub's client keeps it."""
-    folder, name = Path(path).expanduser(), str(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    """The directory of a model: as named, or as the hub's client keeps it."""
+    directory, name = Path(path).expanduser(), str(path)
+    if directory.is_dir():
+        return directory
+    if directory.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(
-            f"expected the folder of a published model, or NAME/REPO on the hub, found {name!r}, "
-            f"{'a file' if folder.exists() else 'where there is nothing'}"
+            f"expected the directory of a published model, or NAME/REPO on the hub, found {name!r}, "
+            f"{'a file' if directory.exists() else 'where there is nothing'}"
         )
-    from huggingface_hub import snapshot_download
-
     offline = not hub_is_reachable()
     files = ["config.json", "model.safetensors", "vae/*"]
     try:
@@ -306,31 +286,21 @@ def _fetch(path: str | Path, revision: str | None) -> Path:
     except (OSError, ValueError) as error:  # the client's own errors are of these kinds
         reason = "the hub cannot be reached" if offline else " ".join(str(error).split())[:200]
         raise ValueError(
-            f"expected the folder of a published model, or its name on the hub, found {name!r} ({reason}); without a "
-            f"network give a folder that was fetched before"
+            f"expected the directory of a published model, or its name on the hub, found {name!r} ({reason}); "
+            f"without a network give a directory that was fetched before"
         ) from error
 
 
-def _load_decoder(folder: Path, config: dict[str, Any], sit: SiT, vae: str | Path | None) -> AutoencoderKL:
+def _load_decoder(directory: Path, config: dict[str, Any], sit: SiT, vae: str | Path | None) -> AutoencoderKL:
     """The model's VAE on the CPU, in float32."""
-    name = str(vae or (folder / "vae" if (folder / "vae").is_dir() else config["vae"]))
-    hint = "give from_pretrained(..., vae=FOLDER) a local copy of the VAE that the model was trained with"
+    name = str(vae or (directory / "vae" if (directory / "vae").is_dir() else config["vae"]))
+    hint = "give from_pretrained(..., vae=DIRECTORY) a local copy of the VAE that the model was trained with"
+    shape = sit.config.in_channels, sit.config.latent_size, sit.config.latent_size
     try:
         decoder = load_vae(name)
+        check_vae(decoder, name, config["vae_digest"], "the model", config["resolution"], shape)
     except ValueError as error:
-        raise ValueError(f"cannot load the VAE {name!r} ({error}); {hint}") from error
-    found, expected = vae_digest(decoder), config["vae_digest"]
-    if expected not in (found, UNKNOWN_VAE):
-        raise ValueError(
-            f"expected the VAE that the model was trained with ({config['vae']}, digest {expected[:12]}...), found "
-            f"another in {name} ({found[:12]}...); {hint}"
-        )
-    made = vae_factor(decoder) * sit.config.latent_size, decoder.config.latent_channels
-    if made != (config["resolution"], sit.config.in_channels):
-        raise ValueError(
-            f"expected images of side {config['resolution']} from latents of {sit.config.in_channels} channels, found "
-            f"side {made[0]} and {made[1]} channels with the VAE {name}; {hint}"
-        )
+        raise ValueError(f"cannot decode with the VAE {name!r} ({error}); {hint}") from error
     return decoder
 
 

@@ -1,45 +1,43 @@
-"""The folder of a set of samples: unfinished under `partial/`, then whole.
+"""The directory of a set of samples: unfinished under `partial/`, then whole.
 
-    <folder>/partial/           settings.json, images.raw (uint8, one image after the other), done (a byte per batch)
-    <folder>/samples.npz        arr_0 (N, R, R, 3) uint8, arr_1 (N,) int64 labels; stored, not compressed
-    <folder>/samples.png        the first 64
-    <folder>/images/000000.png  and so on; only if asked for
-    <folder>/metrics.json       what was measured while sampling, if anything
-    <folder>/samples.json       everything that determines the images; written last
+    <directory>/partial/           settings.json, images.raw (uint8, one image after the other), done (a byte per batch)
+    <directory>/samples.npz        arr_0 (N, R, R, 3) uint8, arr_1 (N,) int64 labels; stored, not compressed
+    <directory>/samples.png        the first 64
+    <directory>/images/000000.png  and so on; only if asked for
+    <directory>/metrics.json       what was measured while sampling, if anything
+    <directory>/samples.json       everything that determines the images; written last
 
 Batches are written at fixed offsets by any process, in any order, and marked as done once they are on the disk: a
-killed run goes on with the others. The images are never in memory together.
+killed run resumes with the others. The images are never in memory together.
 
 Shape suffixes: N images, B images of a batch, R image side.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image
 
-FORMAT = "vae-repa-samples"
-VERSION = 1
+from runtime.files import fsync, full_disk_is_an_error, sha256, to_json, write_at, write_atomically
+from sampling.config import SampleConfig
+from sampling.record import FORMAT, VERSION, check_same, read_settings
+
 CHUNK = 1 << 22  # bytes copied at a time
 GRID = 64  # images in the picture
 
 
 class SampleWriter:
-    """The images of an unfinished folder, open for writing from several processes at once.
+    """The images of an unfinished directory, open for writing from several processes at once.
 
     Args:
-        folder: the folder of the samples, prepared by `create`.
+        directory: of the samples, prepared by `create`.
         settings: those given to `create`; of them, `num_samples`, `batch_size`, `resolution`, `png` and `npz`
             are read.
 
@@ -47,9 +45,9 @@ class SampleWriter:
         ValueError: the files are not of the size that the settings ask for.
     """
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any]):
-        self.folder = Path(folder)
-        self.partial = self.folder / "partial"
+    def __init__(self, directory: str | Path, settings: dict[str, Any]):
+        self.directory = Path(directory)
+        self.partial = self.directory / "partial"
         self.num_samples, self.batch_size = settings["num_samples"], settings["batch_size"]
         self.shape = (self.num_samples, settings["resolution"], settings["resolution"], 3)
         self.image_bytes = settings["resolution"] ** 2 * 3
@@ -92,16 +90,14 @@ class SampleWriter:
         """
         first = batch * self.batch_size
         images = np.ascontiguousarray(images[: self.num_samples - first])
-        with _full_disk_named(self.folder):
-            _write_at(self._images, images, first * self.image_bytes)
+        with full_disk_is_an_error(self.directory):
+            write_at(self._images, images, first * self.image_bytes)
             if self.png:
                 list(self._encoders.map(self._write_png, range(first, first + len(images)), images))
             os.fdatasync(self._images)  # a batch must not be marked before it is on the disk
-            _write_at(self._done, b"\1", batch)
+            write_at(self._done, b"\1", batch)
 
     def _write_png(self, index: int, image: np.ndarray) -> None:  # (R, R, 3) uint8
-        from PIL import Image
-
         Image.fromarray(image).save(self.partial / "images" / f"{index:06d}.png", compress_level=4)
 
     def close(self) -> None:
@@ -113,65 +109,24 @@ class SampleWriter:
     def finish(
         self, labels: np.ndarray, record: dict[str, Any], metrics: dict[str, Any] | None = None
     ) -> None:  # (N,) int64
-        """Turn the unfinished folder into a whole one. Can be killed and called again like everything else."""
+        """Turn the unfinished directory into a whole one. Can be killed and called again like everything else."""
         assert self.done().all()
         assert labels.shape == (self.num_samples,)
-        with _full_disk_named(self.folder):
+        with full_disk_is_an_error(self.directory):
             if self.npz:
                 write_npz(self.partial / "samples.npz", self.partial / "images.raw", self.shape, labels)
-                _flush(self.partial / "samples.npz")  # before the images it was made from are removed
-                record = record | {"npz_sha256": _file_sha256(self.partial / "samples.npz")}
-                os.replace(self.partial / "samples.npz", self.folder / "samples.npz")
+                fsync(self.partial / "samples.npz")  # before the images it was made from are removed
+                record = record | {"npz_sha256": sha256(self.partial / "samples.npz")}
+                os.replace(self.partial / "samples.npz", self.directory / "samples.npz")
             write_grid(self.partial / "samples.png", self.partial / "images.raw", self.shape)
-            os.replace(self.partial / "samples.png", self.folder / "samples.png")
+            os.replace(self.partial / "samples.png", self.directory / "samples.png")
             if (self.partial / "images").is_dir():
-                os.replace(self.partial / "images", self.folder / "images")
+                os.replace(self.partial / "images", self.directory / "images")
             if metrics is not None:
-                _write_json(self.folder / "metrics.json", metrics)
-            _write_json(self.folder / "samples.json", {"format": FORMAT, "version": VERSION, **record})
-        remove_partial(self.folder)
-
-
-@contextmanager
-def _full_disk_named(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ValueError(
-            f"{folder}: the disk is full; what was written is kept: make room and run the same command again"
-        ) from error
-
-
-def _write_at(descriptor: int, content: np.ndarray | bytes, offset: int) -> None:
-    """All of `content`: `os.pwrite` may stop short."""
-    view = memoryview(content).cast("B")
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+                write_atomically(self.directory / "metrics.json", to_json(metrics))
+            content = {"format": FORMAT, "version": VERSION, **record}
+            write_atomically(self.directory / "samples.json", to_json(content))  # last: with it the set is whole
+        remove_partial(self.directory)
 
 
 def write_npz(path: Path, raw: Path, shape: tuple[int, ...], labels: np.ndarray) -> None:  # (N,) int64
@@ -196,8 +151,6 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: type) -> None:
 
 def write_grid(path: Path, raw: Path, shape: tuple[int, ...]) -> None:
     """A picture of the first `GRID` images, row by row."""
-    from PIL import Image
-
     N, R = min(GRID, shape[0]), shape[1]
     images = np.fromfile(raw, np.uint8, N * R * R * 3).reshape(N, R, R, 3)
     columns = int(np.ceil(np.sqrt(N)))
@@ -208,86 +161,73 @@ def write_grid(path: Path, raw: Path, shape: tuple[int, ...]) -> None:
     Image.fromarray(grid).save(path)
 
 
-def is_complete(folder: str | Path, settings: dict[str, Any]) -> bool:
-    """Whether the folder already holds the whole set of samples that `settings` describe.
+def choose_directory(config: SampleConfig, one: SampleConfig, info: dict[str, Any]) -> Path:
+    """Where a set goes: `<run>/samples/0400000-sde250-cfg1.8-t0-0.7-seed0-n50000`, unless --output-dir is given.
+
+    Args:
+        config: of all sets. Several go into directories of their own below --output-dir.
+        one: of this set.
+    """
+    source = Path(info["source"]).absolute()
+    run_dir, model = (source.parent, source.stem) if source.is_file() else (source.parent.parent, source.name)
+    (scale,), (interval,) = one.guidance_scale, one.guidance_intervals()
+    name = f"{model}-{one.sampler}{one.num_steps}-cfg{scale:g}"
+    if scale != 1 and interval != (0.0, 1.0):
+        name += "-t{:g}-{:g}".format(*interval)
+    name += f"-seed{one.seed}-n{one.num_samples}"
+    if config.output_dir is None:
+        return run_dir / "samples" / name
+    several = len(config.checkpoint) * len(config.sets()) > 1
+    return Path(config.output_dir) / f"{run_dir.name}-{name}" if several else Path(config.output_dir)
+
+
+def is_complete(directory: Path, settings: dict[str, Any]) -> bool:
+    """Whether a directory already holds the whole set of samples that `settings` describe.
 
     Raises:
         ValueError: it holds samples of other settings, whole or not, or something else.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output-dir: expected a folder, found the file {folder}; choose another")
-    whole, unfinished = folder / "samples.json", folder / "partial" / "settings.json"
-    for path in (whole, unfinished):
-        if path.is_file():
-            _check_same(folder, _read_settings(path), settings)
-            return path == whole
-    if folder.is_dir() and {path.name for path in folder.iterdir()} - {"partial"}:
-        raise ValueError(f"--output-dir: expected a new folder or one of samples, found other files in {folder}")
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"--output-dir: expected a directory, found the file {directory}; choose another")
+    recorded = read_settings(directory)
+    if recorded is not None:
+        check_same(directory, recorded, settings)
+        return (directory / "samples.json").is_file()
+    if directory.is_dir() and {path.name for path in directory.iterdir()} - {"partial"}:
+        raise ValueError(f"--output-dir: expected a new directory or one of samples, found other files in {directory}")
     return False
 
 
-def batch_size_of(folder: str | Path) -> int | None:
-    """Images per batch of the samples in a folder, whole or not; None if it holds none."""
-    for path in (Path(folder) / "samples.json", Path(folder) / "partial" / "settings.json"):
-        if path.is_file():
-            return _read_settings(path).get("batch_size")
-    return None
+def remove_partial(directory: str | Path) -> None:
+    """Of a whole directory, what a process that was killed at the very end has left."""
+    shutil.rmtree(Path(directory) / "partial", ignore_errors=True)
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-        return content["settings"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"expected the settings of samples in {path}, found something else; delete {path.parent}"
-        ) from error
-
-
-def _check_same(folder: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-    differing = [
-        f"{name} {saved.get(name)} -> {settings.get(name)}"
-        for name in {**saved, **settings}
-        if saved.get(name) != settings.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"{folder} holds samples of other settings: {'; '.join(differing)}; "
-            f"give those settings, or another --output-dir"
-        )
-
-
-def remove_partial(folder: str | Path) -> None:
-    """Of a whole folder, what a process that was killed at the very end has left."""
-    shutil.rmtree(Path(folder) / "partial", ignore_errors=True)
-
-
-def create(folder: str | Path, settings: dict[str, Any]) -> None:
-    """Prepare an unfinished folder for `SampleWriter`; one that is prepared already is left as it is.
+def create(directory: str | Path, settings: dict[str, Any]) -> None:
+    """Prepare an unfinished directory for `SampleWriter`; one that is prepared already is left as it is.
 
     Raises:
         ValueError: not enough room for the images and samples.npz.
     """
-    folder = Path(folder)
-    partial = folder / "partial"
+    directory = Path(directory)
+    partial = directory / "partial"
     if (partial / "settings.json").is_file():
         return
     size = settings["num_samples"] * settings["resolution"] ** 2 * 3
     needed = size * (2 if settings["npz"] else 1)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"expected {needed / 1e9:.3g} GB free for the samples in {folder}, found {free / 1e9:.3g}; "
+            f"expected {needed / 1e9:.3g} GB free for the samples in {directory}, found {free / 1e9:.3g}; "
             f"make room, or choose another --output-dir"
         )
     try:
         (partial / "images" if settings["png"] else partial).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output-dir: cannot make {partial} ({error.strerror}); choose another folder") from error
+        raise ValueError(f"--output-dir: cannot make {partial} ({error.strerror}); choose another directory") from error
     for name, length in (("images.raw", size), ("done", -(-settings["num_samples"] // settings["batch_size"]))):
         with open(partial / name, "wb") as file:
             file.truncate(length)
-    _write_json(partial / "settings.json", {"settings": settings})  # last: before it, the folder counts as new
+    # Last: before it, the directory counts as new.
+    write_atomically(partial / "settings.json", to_json({"settings": settings}))

@@ -1,0 +1,150 @@
+"""The record of a set of samples: what decides its images, how older records are read, and what a resume takes from it.
+
+`samples.json` of a whole set and `partial/settings.json` of an unfinished one hold the settings that `describe` gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.sit import SiT
+from models.vae import UINT8_RULE
+from runtime import provenance
+from runtime.files import Field, fields_of, read_record
+from sampling.batch_size import configured_batch_size
+from sampling.config import BLOCK, SampleConfig
+
+FORMAT = "vae-repa-samples"
+VERSION = 1
+
+# Flags that are recorded under their own names. Their historic values stand at the flags.
+_FLAGS = "sampler num_steps last_step_size num_samples labels classes seed mixed_precision compile vae_precision tf32"
+FLAGS = [*_FLAGS.split(), "npz", "png"]
+# What else every set of samples has recorded.
+_FACTS = (
+    "checkpoint_digest step path_type diffusion guidance_scale guidance_interval batch_size block_size device_type "
+    "vae_digest latent_scale latent_shape resolution uint8_rule"
+)
+SETTINGS = {name: fields_of(SampleConfig)[name] for name in FLAGS}
+SETTINGS |= {name: Field() for name in _FACTS.split()}
+SETTINGS["checkpoint_format"] = Field(historic="vae-repa")
+# Beside the settings, which an unfinished set has alone.
+_ABOUT = "checkpoint vae class_names processes device timing versions git_revision machine date npz_sha256"
+RECORD = {"settings": Field()} | {name: Field(None) for name in ("format", "version", *_ABOUT.split())}
+
+
+def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Everything that determines a set of images, but for the code's version and the device's rounding.
+
+    Args:
+        config: of one set (`SampleConfig.sets`).
+        sit, info: as `load_sit` gives them.
+
+    Returns:
+        JSON values by the names of `SETTINGS`; `batch_size` is None if it is still to be found.
+    """
+    on_gpu, is_sde = device.type == "cuda", config.sampler == "sde"
+    precision = "bf16" if on_gpu else "no"
+    (scale,), (interval,) = config.guidance_scale, config.guidance_intervals()
+    return {name: getattr(config, name) for name in FLAGS} | {
+        "last_step_size": config.last_step_size if is_sde else None,
+        "mixed_precision": config.mixed_precision or precision,
+        "compile": on_gpu if config.compile is None else config.compile,
+        "vae_precision": config.vae_precision or precision,
+        "tf32": config.tf32 and on_gpu,
+        "checkpoint_digest": info["digest"],
+        "checkpoint_format": info["format"],
+        "step": info["step"],
+        "path_type": info["path_type"],
+        "diffusion": "2t" if is_sde else None,
+        "guidance_scale": scale,
+        "guidance_interval": None if scale == 1 else interval,
+        "batch_size": configured_batch_size(config, device),
+        "block_size": BLOCK,
+        "device_type": device.type,
+        "vae_digest": info["vae_digest"],
+        "latent_scale": info["scale"].to_dict(),
+        "latent_shape": (sit.config.in_channels, sit.config.latent_size, sit.config.latent_size),
+        "resolution": info["resolution"],
+        "uint8_rule": UINT8_RULE,
+    }
+
+
+def describe_run(
+    settings: dict[str, Any],
+    info: dict[str, Any],
+    vae_name: str,
+    processes: int,
+    device: torch.device,
+    timing: dict[str, float],
+) -> dict[str, Any]:
+    """What `samples.json` holds, but for what `SampleWriter.finish` adds."""
+    return {
+        "settings": settings,
+        "checkpoint": info["source"],
+        "vae": vae_name,
+        "class_names": info["class_names"],
+        "processes": processes,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "timing": timing,
+        **provenance.stamp(),
+    }
+
+
+def read_settings(directory: Path) -> dict[str, Any] | None:
+    """The settings of the samples in a directory, whole or unfinished; None if it holds none.
+
+    Raises:
+        ValueError: a damaged record, or one of newer code.
+    """
+    for path in (directory / "samples.json", directory / "partial" / "settings.json"):
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text())
+        except ValueError:  # of JSON and of UTF-8
+            content = None
+        if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+            raise ValueError(f"expected the settings of samples in {path}, found something else; delete {path.parent}")
+        return read_record(read_record(content, RECORD, path)["settings"], SETTINGS, path)
+    return None
+
+
+def resume(config: SampleConfig, given: Set[str], recorded: dict[str, Any]) -> SampleConfig:
+    """The config of a set that was begun: what the user did not give is taken from its record.
+
+    Args:
+        config: of one set.
+        given: names of the fields that the user gave.
+        recorded: from `read_settings`.
+    """
+    values = {name: recorded[name] for name in FLAGS}
+    values |= {"guidance_scale": (recorded["guidance_scale"],), "per_proc_batch_size": str(recorded["batch_size"])}
+    if recorded["guidance_interval"]:
+        values["guidance_low"], values["guidance_high"] = ((time,) for time in recorded["guidance_interval"])
+    if config.per_proc_batch_size == "auto":
+        given = given - {"per_proc_batch_size"}
+    taken = {name: value for name, value in values.items() if name not in given and value is not None}
+    return dataclasses.replace(config, **taken)
+
+
+def check_same(directory: Path, recorded: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse to resume a set of samples with other settings.
+
+    Raises:
+        ValueError: names each setting that differs.
+    """
+    differing = [
+        f"{name} {recorded[name]} -> {settings[name]}" for name in SETTINGS if recorded[name] != settings[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{directory} holds samples of other settings: {'; '.join(differing)}; "
+            f"give those settings, or another --output-dir"
+        )
