@@ -1,0 +1,152 @@
+"""Records of samples: what older and newer code wrote, and what a resume takes from them."""
+
+import dataclasses
+import json
+
+import pytest
+
+import sample_ddp
+import sampling.record
+from runtime import cli
+from runtime.files import Field
+from sampling import writer
+from sampling.config import SampleConfig
+from sampling.generator import SampleGenerator
+from tests.test_sample_ddp import Stopped, arguments, draw, make_checkpoint, refused, same_npz, settings_of
+
+SMALL = {"num_samples": 40, "sampler": "ode-euler", "guidance_high": 0.5, "labels": "balanced", "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "samples"
+    draw(checkpoint, output, **SMALL)
+    return output
+
+
+def begin(checkpoint, output, monkeypatch, **changes):
+    """A set of which the first batch is drawn; its settings.json."""
+    compute, drawn = SampleGenerator.latents, []
+
+    def stop_at_second(self, batch):
+        drawn.append(batch)
+        if len(drawn) == 2:
+            raise Stopped
+        return compute(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SampleGenerator, "latents", stop_at_second)
+        with pytest.raises(Stopped):
+            draw(checkpoint, output, **changes)
+    return output / "partial" / "settings.json"
+
+
+def change(path, edit):
+    """Edit the settings in a record as other code would have written them."""
+    content = json.loads(path.read_text())
+    edit(content["settings"])
+    path.write_text(json.dumps(content))
+
+
+def test_samples_of_other_settings_are_refused_by_name(checkpoint, whole, tmp_path, capsys, monkeypatch):
+    line = refused(capsys, arguments(checkpoint, whole, **SMALL | {"num_steps": 4, "labels": "random"}))
+    assert "num_steps 3 -> 4; labels balanced -> random" in line
+    assert "--output-dir" in line
+    begin(checkpoint, tmp_path / "unfinished", monkeypatch)
+    line = refused(capsys, arguments(checkpoint, tmp_path / "unfinished", seed=1))
+    assert "seed 0 -> 1" in line
+
+
+def test_a_resume_takes_from_the_record_what_was_not_given(checkpoint, whole, tmp_path, monkeypatch, capsys):
+    begin(checkpoint, tmp_path / "begun", monkeypatch, **SMALL)
+    for directory in (tmp_path / "begun", whole):
+        sample_ddp.main(["--checkpoint", str(checkpoint), "--output-dir", str(directory)])
+    assert same_npz(tmp_path / "begun", whole)
+    assert f"{whole} is complete" in capsys.readouterr().out
+    line = refused(capsys, ["--checkpoint", checkpoint, "--output-dir", whole, "--guidance-high", "0.6"])
+    assert "guidance_interval (0.0, 0.5) -> (0.0, 0.6)" in line
+    line = refused(capsys, ["--checkpoint", checkpoint, "--output-dir", whole, "--per-proc-batch-size", "32"])
+    assert "batch_size 16 -> 32" in line
+
+
+def test_another_checkpoint_is_refused(whole, tmp_path, capsys):
+    other = make_checkpoint(tmp_path, lambda sit: sit.final_layer.linear.weight.mul_(2))
+    line = refused(capsys, ["--checkpoint", other, "--output-dir", whole])
+    assert "checkpoint_digest" in line
+
+
+def test_an_automatic_batch_is_that_of_a_set_that_was_begun(checkpoint, whole, tmp_path, capsys):
+    draw(checkpoint, tmp_path / "new", per_proc_batch_size="auto")
+    assert json.loads((tmp_path / "new" / "samples.json").read_text())["settings"]["batch_size"] == 64
+    sample_ddp.main(arguments(checkpoint, whole, **SMALL, per_proc_batch_size="auto"))
+    assert "is complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sampler", ["sde", "ode-euler"])
+def test_records_of_older_code_are_resumed_and_recognised(checkpoint, tmp_path, monkeypatch, capsys, sampler):
+    """`last_step_size` was called last_t; npz, checkpoint_format and compile came later, each with a historic value."""
+
+    def age(settings):
+        settings["last_t"] = settings.pop("last_step_size")
+        for name in ("npz", "checkpoint_format", "compile"):
+            del settings[name]
+
+    flags = {"num_samples": 40, "sampler": sampler, "last_step_size": 0.1}
+    draw(checkpoint, tmp_path / "undisturbed", **flags)
+    begun = tmp_path / "begun"
+    change(begin(checkpoint, begun, monkeypatch, **flags), age)
+    sample_ddp.main(["--checkpoint", str(checkpoint), "--output-dir", str(begun)])
+    assert same_npz(begun, tmp_path / "undisturbed")
+    change(begun / "samples.json", age)
+    capsys.readouterr()
+    sample_ddp.main([*arguments(checkpoint, begun, **flags | {"last_step_size": None}), "--last-t", "0.1"])
+    assert "is complete" in capsys.readouterr().out
+    if sampler == "sde":
+        line = refused(capsys, arguments(checkpoint, begun, **flags | {"last_step_size": 0.2}))
+        assert "last_step_size 0.1 -> 0.2" in line
+
+
+def test_a_new_setting_breaks_no_record(checkpoint, whole, tmp_path, monkeypatch, capsys):
+    """A flag that newer code has: what was drawn before has its historic value, not the default."""
+    extra = [("swirl", float, cli.flag(0.5, "a new setting", record=Field(0.0)))]
+    newer = dataclasses.make_dataclass("SampleConfig", extra, bases=(SampleConfig,), frozen=True)
+    begun = tmp_path / "begun"
+    begin(checkpoint, begun, monkeypatch, **SMALL)
+    monkeypatch.setattr(sample_ddp, "SampleConfig", newer)
+    monkeypatch.setattr(sampling.record, "FLAGS", [*sampling.record.FLAGS, "swirl"])
+    monkeypatch.setitem(sampling.record.SETTINGS, "swirl", Field(0.0))
+    draw(checkpoint, begun, **SMALL)
+    assert same_npz(begun, whole)
+    assert json.loads((begun / "samples.json").read_text())["settings"]["swirl"] == 0.0
+    sample_ddp.main(arguments(checkpoint, whole, **SMALL))
+    assert f"{whole} is complete" in capsys.readouterr().out
+    assert "swirl 0.0 -> 0.5" in refused(capsys, arguments(checkpoint, whole, **SMALL, swirl=0.5))
+
+
+def test_a_record_of_newer_code_is_one_line(checkpoint, tmp_path, capsys):
+    output = tmp_path / "out"
+    writer.create(output, settings_of(checkpoint, output))
+    change(output / "partial" / "settings.json", lambda settings: settings.update(swirl=1))
+    line = refused(capsys, arguments(checkpoint, output))
+    assert "settings.json was written by newer code: it has 'swirl'" in line
+    change(output / "partial" / "settings.json", lambda settings: settings.pop("swirl"))
+    draw(checkpoint, output, png=True)
+    content = json.loads((output / "samples.json").read_text())
+    (output / "samples.json").write_text(json.dumps(content | {"mood": "good"}))
+    assert "samples.json was written by newer code: it has 'mood'" in refused(capsys, arguments(checkpoint, output))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_record_is_named(checkpoint, tmp_path, capsys, content):
+    (tmp_path / "samples.json").write_text(content)
+    assert "expected the settings of samples in" in refused(capsys, arguments(checkpoint, tmp_path))
+
+
+def test_a_record_without_what_all_have_is_named(checkpoint, tmp_path, capsys):
+    (tmp_path / "samples.json").write_text('{"settings": {"seed": 0}}')
+    assert "samples.json: damaged, it lacks 'mixed_precision'" in refused(capsys, arguments(checkpoint, tmp_path))
