@@ -1,5 +1,7 @@
 """Comparing runs: the same images as the samplers give, where a curve gets to a value, and runs that do not fit."""
 
+import io
+import itertools
 import json
 import math
 import shutil
@@ -13,10 +15,13 @@ import torch
 from PIL import Image
 
 import sample_ddp
-from analysis import compare
-from analysis.compare import CompareConfig, Reach, compose, draw_images, first_crossing, smoothed, speed_up
+from analysis import compare, curves, side_by_side
+from analysis.compare import CompareConfig
+from analysis.curves import Crossing, first_crossing, smoothed, speed_up
+from analysis.side_by_side import compose, draw_images
+from diffusion.guidance import guided_velocity
 from diffusion.interpolant import Interpolant
-from diffusion.samplers import guided_velocity, sample_ode, sample_sde
+from diffusion.samplers import sample_ode, sample_sde
 from models.load import load_sit
 from models.sit import SiT, SiTConfig
 from models.vae import LatentScale, decode_images, load_vae, vae_digest
@@ -38,9 +43,13 @@ def vae(tmp_path_factory):
 def make_run(folder, vae, steps=(10, 20), seed=0, classes=K, side=4, rows=(), record=(), **changes):
     """A run with checkpoints of a small SiT, none of whose weights is zero, and a log."""
     info = {
-        "scale": LatentScale((0.9,), (0.1,)).to_dict(), "vae": str(vae), "vae_digest": vae_digest(load_vae(str(vae))),
-        "resolution": 4 * side, "class_names": [f"class {k}" for k in range(classes)], "path_type": "linear",
-    } | changes  # fmt: skip
+        "scale": LatentScale((0.9,), (0.1,)).to_dict(),
+        "vae": str(vae),
+        "vae_digest": vae_digest(load_vae(str(vae))),
+        "resolution": 4 * side,
+        "class_names": [f"class {k}" for k in range(classes)],
+        "path_type": "linear",
+    } | changes
     for step in steps:
         torch.manual_seed(1000 * seed + step)
         sit = SiT(SiTConfig(2, 32, 2, patch_size=2, latent_size=side, in_channels=4, num_classes=classes))
@@ -65,6 +74,16 @@ def run_compare(*arguments):
 
 def config(**changes):
     return CompareConfig(runs=("a", "b"), **{"num_steps": 3, "guidance_scale": 2.5} | changes)
+
+
+def pixels(figure):  # -> (height, width, 3) uint8
+    return np.asarray(Image.open(io.BytesIO(compare.to_png(figure))).convert("RGB"))
+
+
+def places(figure):
+    """(left, top, side) of each image in a picture, in pixels."""
+    boxes = [axes.get_window_extent() for axes in figure.axes]
+    return [(round(box.x0), round(figure.bbox.height - box.y1), round(box.width)) for box in boxes]
 
 
 @pytest.mark.parametrize("sampler", ["ode-euler", "ode-heun", "sde"])
@@ -107,7 +126,7 @@ def test_the_picture_holds_the_images_of_all_runs_and_steps(vae, tmp_path):
     out = tmp_path / "out"
     flags = ["--output-dir", out, "--num-steps", 3, "--guidance-scale", 2.5, "--seed", 7, "--classes", 4, 0, 2]
     run_compare(runs, *flags)
-    picture = np.asarray(Image.open(out / "compare.png"))
+    picture = np.asarray(Image.open(out / "compare.png").convert("RGB"))
     drawn = [(step, run) for step in (10, 20) for run in runs]
     images = []
     for step, run in drawn:
@@ -116,15 +135,14 @@ def test_the_picture_holds_the_images_of_all_runs_and_steps(vae, tmp_path):
             draw_images(sit, info, load_vae(str(vae)), [4, 0, 2], config(seed=7), torch.device("cpu")).numpy()
         )
     assert not np.array_equal(images[0], images[1])
-    texts = [(f"step {step}", run.name) for step, run in drawn]
+    texts = [f"step {step}\n{run.name}" for step, run in drawn]
     heads = ["class 4", "class 0", "class 2"]
-    caption = "the same noise and classes in each column; seed 7, ode-euler 3 steps, guidance 2.5"
-    expected, places = compose(images, texts, heads, caption)
-    assert np.array_equal(picture, np.asarray(expected))
-    for row, line in zip(images, places, strict=True):
-        for image, (x, y, cell) in zip(row, line, strict=True):
-            assert cell == 128
-            assert np.array_equal(picture[y + 4 : y + cell : 8, x + 4 : x + cell : 8], image)
+    caption = "the same noise and classes in each column\nseed 7, ode-euler 3 steps, guidance 2.5"
+    expected = compose(images, texts, heads, caption)
+    assert np.array_equal(picture, pixels(expected))
+    for image, (x, y, cell) in zip(itertools.chain(*images), places(expected), strict=True):
+        assert cell == 128
+        assert np.array_equal(picture[y + 4 : y + cell : 8, x + 4 : x + cell : 8], image)
     record = json.loads((out / "compare.json").read_text())
     assert record["images"]["steps"] == [10, 20]
     assert record["images"]["classes"] == [4, 0, 2]
@@ -135,42 +153,48 @@ def test_the_picture_holds_the_images_of_all_runs_and_steps(vae, tmp_path):
 
 
 @pytest.mark.parametrize("side", [16, 32, 100, 256, 400])
-def test_pictures_do_not_overlap_and_have_room_for_words(side):
-    rows = [np.zeros((3, side, side, 3), np.uint8)] * 4
-    long = "a very long name of a run, " * 20
-    image, places = compose(
-        rows, [("step 1", "a"), ("step 1", long), ("step 2", "a"), ("step 2", "$^\udcff")], ["x"] * 3, "c"
-    )
-    boxes = [box for line in places for box in line]
-    taken = np.zeros((image.height, image.width), int)
-    for x, y, cell in boxes:
+def test_pictures_do_not_overlap_and_have_room_for_text(side):
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 100, (3, side, side, 3), dtype=np.uint8) for _ in range(4)]
+    names = ["a", "a very long name of a run, " * 20, "a", "$^\udcff"]
+    texts = [f"step 1\n{side_by_side.shortened(name, 24)}" for name in names]
+    figure = compose(rows, texts, ["x"] * 3, "c")
+    picture = pixels(figure)
+    taken = np.zeros(picture.shape[:2], int)
+    for x, y, cell in places(figure):
         assert 64 <= cell <= 256
         taken[y : y + cell, x : x + cell] += 1
     assert taken.max() == 1
-    pixels = np.asarray(image)
-    left = min(x for x, _, _ in boxes)
+    left = min(x for x, _, _ in places(figure))
     assert 80 < left < 600
-    assert (pixels[:, :left].min(axis=2) < 128).any()  # the labels
-    assert (pixels[:, left - 4 : left].min(axis=2) > 200).all()  # which end before the images
+    assert (picture[:, :left].min(axis=2) < 128).any()  # the texts
+    assert (picture[:, 0].min(axis=1) > 200).all()  # which begin within the picture
+    assert (picture[:, left - 3 : left - 1].min(axis=2) > 200).all()  # and end before the images
+
+
+def test_large_images_keep_their_pixels():
+    rows = [np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)] * 2
+    figure = compose(rows, ["a", "b"], ["x"] * 2, "c")
+    for image, (x, y, cell) in zip(itertools.chain(*rows), places(figure), strict=True):
+        assert np.array_equal(pixels(figure)[y : y + cell, x : x + cell], image)
 
 
 def test_a_name_is_the_same_width_however_long():
-    rows = [np.zeros((1, 64, 64, 3), np.uint8)]
-    widths = {compose(rows, [("step 1", "n" * length)], ["h" * 500], "")[0].width for length in (100, 1000)}
-    assert len(widths) == 1
+    assert side_by_side.shortened("n" * 1000, 24) == "n" * 21 + "..."
+    assert side_by_side.shortened("two  words\nand $^\udcff", 24) == "two words and $^?"
 
 
 # Curves.
 
 
 def test_where_a_curve_gets_to_a_value():
-    assert first_crossing([(0, 10.0), (10, 0.0)], 5.0, -1) == Reach(5.0)
-    assert first_crossing([(0, 10.0), (10, 6.0), (20, 2.0), (30, 8.0)], 3.0, -1) == Reach(17.5)  # the first time
-    assert first_crossing([(0, 10.0), (10, 5.0)], 5.0, -1) == Reach(10.0)
-    assert first_crossing([(0, 10.0), (10, 5.0)], 4.9, -1) == Reach(None)
-    assert first_crossing([(4, 3.0), (10, 1.0)], 5.0, -1) == Reach(4, at_most=True)
-    assert first_crossing([(0, 1.0), (10, 3.0)], 2.0, 1) == Reach(5.0)  # where higher is better
-    assert first_crossing([], 2.0, 1) == Reach(None)
+    assert first_crossing([(0, 10.0), (10, 0.0)], 5.0, -1) == Crossing(5.0)
+    assert first_crossing([(0, 10.0), (10, 6.0), (20, 2.0), (30, 8.0)], 3.0, -1) == Crossing(17.5)  # the first time
+    assert first_crossing([(0, 10.0), (10, 5.0)], 5.0, -1) == Crossing(10.0)
+    assert first_crossing([(0, 10.0), (10, 5.0)], 4.9, -1) == Crossing(None)
+    assert first_crossing([(4, 3.0), (10, 1.0)], 5.0, -1) == Crossing(4, at_most=True)
+    assert first_crossing([(0, 1.0), (10, 3.0)], 2.0, 1) == Crossing(5.0)  # where higher is better
+    assert first_crossing([], 2.0, 1) == Crossing(None)
     for target in np.linspace(0.2, 0.9, 5):  # exp(-x) on straight lines of many points
         x = np.linspace(0, 3, 3001)
         assert first_crossing(list(zip(x, np.exp(-x), strict=True)), target, -1).at == pytest.approx(
@@ -198,9 +222,9 @@ def test_means_over_the_last_steps():
     assert smoothed(rows, "velocity", 0)[-1] == (100, 100.0)
 
 
-def measured(folder, figures, **settings):
+def measured(folder, metrics, **settings):
     """A run's sets of samples: {step: fid}."""
-    for step, value in figures.items():
+    for step, value in metrics.items():
         add_samples(folder / "samples" / f"{step}-{len(settings)}", step, 1.0, {"fid": value, "is": 1.0}, **settings)
 
 
@@ -236,11 +260,11 @@ def test_metrics_over_steps_and_hours(vae, tmp_path, capsys):
 def test_hours_of_gpus_where_the_runs_recorded_their_number(vae, tmp_path):
     record = {"processes": 8, "machine": "a processor, 2 cores; NVIDIA H100 80GB HBM3 x8"}
     runs = [make_run(tmp_path / name, vae, (), rows=straight(1, 0.5), record=record) for name in "ab"]
-    axes, unit = compare.hours_axis(read_runs(runs)[0])
+    axes, unit = curves.hours_axis(read_runs(runs)[0])
     assert unit == "GPU hours"
     assert axes["a"][-1] == (100, pytest.approx(8 * 100 * 32 / 64 / 3600))
     (runs[1] / "config.json").write_text(json.dumps({"config": {"batch_size": 32}}))
-    axes, unit = compare.hours_axis(read_runs(runs)[0])
+    axes, unit = curves.hours_axis(read_runs(runs)[0])
     assert unit == "hours of the run"
     assert axes["a"][-1] == (100, pytest.approx(100 * 32 / 64 / 3600))
 
@@ -273,9 +297,9 @@ def test_of_several_ways_of_sampling_the_common_one_is_taken(vae, tmp_path):
     for step in (10, 20, 30):
         add_samples(runs[1] / "samples" / f"guided {step}", step, 2.0, {"fid": 1.0})
     add_samples(runs[1] / "samples" / "other seed", 50, 1.0, {"fid": 5.0}, seed=1)
-    figures = compare.choose_figures(read_runs(runs)[0], None)
-    assert figures.curves == {"plain": [(50, 9.0), (100, 8.0)], "ours": [(50, 6.0)]}  # a mean over seeds
-    assert compare.choose_figures(read_runs(runs)[0], "is").metric == "is"
+    chosen = curves.choose_metric_curves(read_runs(runs)[0], None)
+    assert chosen.curves == {"plain": [(50, 9.0), (100, 8.0)], "ours": [(50, 6.0)]}  # a mean over seeds
+    assert curves.choose_metric_curves(read_runs(runs)[0], "is").metric == "is"
 
 
 @pytest.mark.parametrize("name", ["$a^{b$", "_hidden", "日本", "a|b", "<b>"])
@@ -354,10 +378,10 @@ def test_checkpoints_are_at_most_four_evenly_chosen_and_shared(vae, tmp_path):
     runs, _ = read_runs([a, shutil.copytree(a, tmp_path / "b")])
     for run, extra in zip(runs, ([5], [7]), strict=True):
         run.checkpoints[:] = sorted([*range(100, 1100, 100), *extra])
-    assert compare.choose_steps(runs, None) == [100, 400, 700, 1000]
-    assert compare.choose_steps(runs, [200, 100]) == [100, 200]
-    assert compare.choose_classes(None, 1000) == [0, 143, 285, 428, 571, 714, 856, 999]
-    assert compare.choose_classes(None, 3) == [0, 1, 2]
+    assert side_by_side.choose_steps(runs, None) == [100, 400, 700, 1000]
+    assert side_by_side.choose_steps(runs, [200, 100]) == [100, 200]
+    assert side_by_side.choose_classes(None, 1000) == [0, 143, 285, 428, 571, 714, 856, 999]
+    assert side_by_side.choose_classes(None, 3) == [0, 1, 2]
 
 
 def test_results_appear_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -378,9 +402,11 @@ def test_mistakes_are_one_line_and_help_loads_nothing_heavy(tmp_path):
     command = [sys.executable, "-m", "analysis.compare", str(tmp_path / "a"), str(tmp_path / "b")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    code = (
-        "import sys, analysis.compare; print([n for n in ('torch', 'PIL', 'numpy', 'matplotlib') if n in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "[]\n"
+    done = subprocess.run([*command[:3], "a"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr[:34]) == (2, "error: expected at least two runs,")
+    command = [sys.executable, "-X", "importtime", "-m", "analysis.compare", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"torch", "PIL", "numpy", "matplotlib"}
     assert cli.parse(CompareConfig, ["--runs", "a", "b"]).runs == ("a", "b")
