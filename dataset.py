@@ -1,9 +1,8 @@
 """The latent store on disk, and the order in which its samples are trained on.
 
-A store is a folder: `meta.json` (written last: without it the store is unfinished), memory-mapped shards
-`moments-00000.npy` (n, 2C, H, W) of mean and standard deviation, `labels.npy` (N,) int64, `paths.txt` (one source a
-line); with mirror images `flips-00000.npy`, shaped as the moments; with the crops `images-00000.npy` (n, R, R, 3)
-uint8.
+A store is a directory: `meta.json` (written last: without it the store is unfinished), memory-mapped shards
+`moments-00000.npy` (n, 2C, H, W) of mean and std, `labels.npy` (N,) int64, `paths.txt` (one source a line); with
+mirror images `flips-00000.npy`, shaped as the moments; with the crops `images-00000.npy` (n, R, R, 3) uint8.
 
 Shape suffixes: N images of the store, B of a batch, n of a shard, C latent channels, H = W latent side, R image side.
 """
@@ -20,13 +19,19 @@ import torch
 from torch import Tensor
 
 from models.vae import LatentScale
-from runtime.files import read_checksummed_json, sha256, write_atomically
+from runtime.files import Field, read_checksummed_json, read_record, sha256, write_atomically
 from runtime.seeding import numpy_generator
 
 FORMAT = "vae-repa-latents"
 VERSION = 1
+# The fields of meta.json. One that comes later needs Field(historic): its value in the stores that lack it.
+_META = """
+    format version vae vae_digest scale shift scale_source resolution crop class_names settings latent_shape dtype count
+    num_classes flips images shards labels_sha256 paths_sha256 skipped
+"""
+META = dict.fromkeys(_META.split(), Field()) | {"versions": Field(None)}
 KINDS = ("moments", "flips", "images")
-NPY_HEADER = 128  # bytes before the numbers: room for any shape, so that a shard's length can be set at its end
+NPY_HEADER = 128  # bytes before the values: room for any shape, so that a shard's length can be set at its end
 
 
 def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
@@ -52,28 +57,31 @@ def read_journal(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     if len(batches) < len(lines):
-        write_atomically(path, "".join(line + "\n" for line in lines[: len(batches)]).encode())
+        write_atomically(path, "".join(line + "\n" for line in lines[: len(batches)]))
     return batches
 
 
-def read_meta(folder: str | Path) -> dict[str, Any]:
-    """`meta.json` of a store.
+def read_meta(directory: str | Path) -> dict[str, Any]:
+    """`meta.json` of a store, by the names in `META`.
 
     Raises:
-        ValueError: no store there, an unfinished one, or one of another format.
+        ValueError: no store there, an unfinished one, or one of another format or of newer code.
     """
-    folder = Path(folder)
-    if not (folder / "meta.json").is_file():
-        if (folder / "partial").is_dir():
-            raise ValueError(f"unfinished latent store {folder}: run the same command again to finish it")
-        raise ValueError(f"expected a latent store, found no meta.json in {folder}; make one by dump_latents.py")
+    file = Path(directory) / "meta.json"
+    if not file.is_file():
+        if (file.parent / "partial").is_dir():
+            raise ValueError(f"unfinished latent store {directory}: run the same command again to finish it")
+        raise ValueError(f"expected a latent store, found no meta.json in {directory}; make one by dump_latents.py")
     try:
-        meta = read_checksummed_json(folder / "meta.json")
+        meta = read_checksummed_json(file)
     except (OSError, ValueError) as error:
-        raise ValueError(f"damaged store: {folder / 'meta.json'}: {error}; dump the images again") from error
+        raise ValueError(f"damaged store: {file}: {error}; dump the images again") from error
     if (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"expected a latent store of format {FORMAT} {VERSION}, found another meta.json in {folder}")
-    return meta
+        raise ValueError(
+            f"expected a latent store of format {FORMAT} {VERSION}, found another meta.json in {directory}"
+        )
+    meta = read_record(meta, META, file)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in meta.items()}  # as in JSON
 
 
 def _bytes(array: np.ndarray) -> memoryview:
@@ -91,7 +99,7 @@ class LatentDataset(torch.utils.data.Dataset):
         num_classes, class_names, has_flips: as recorded.
 
     Args:
-        path: the store's folder.
+        path: the store's directory.
         images: also give the crops, which the store must have.
 
     Raises:
@@ -100,16 +108,10 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def __init__(self, path: str | Path, images: bool = False):
         self.path, self.meta = Path(path), read_meta(path)
-        try:
-            self.scale = LatentScale.from_dict(self.meta)
-            self.latent_shape = tuple(self.meta["latent_shape"])
-            self.num_classes, self.class_names = self.meta["num_classes"], self.meta["class_names"]
-            self.has_flips, counts = self.meta["flips"], [shard["count"] for shard in self.meta["shards"]]
-            count = self.meta["count"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"damaged store: {self.path / 'meta.json'} lacks {error}; dump the images again"
-            ) from error
+        self.scale, self.latent_shape = LatentScale.from_dict(self.meta), tuple(self.meta["latent_shape"])
+        self.num_classes, self.class_names = self.meta["num_classes"], self.meta["class_names"]
+        self.has_flips, count = self.meta["flips"], self.meta["count"]
+        counts = [shard["count"] for shard in self.meta["shards"]]
         if count < 1 or sum(counts) != count:
             raise ValueError(f"empty or damaged store {self.path}: {count} images in shards of {counts}")
         if images and not self.meta["images"]:
@@ -182,7 +184,7 @@ class LatentDataset(torch.utils.data.Dataset):
         return rows
 
     def __getstate__(self) -> dict:
-        """Only the path travels to a worker that is not forked; maps are opened there."""
+        """Only the path travels to a DataLoader worker that is not forked; maps are opened there."""
         return {"path": self.path, "images": "images" in self._rows}
 
     def __setstate__(self, state: dict) -> None:
@@ -193,10 +195,8 @@ class LatentDataset(torch.utils.data.Dataset):
         recorded = {"labels.npy": self.meta["labels_sha256"], "paths.txt": self.meta["paths_sha256"]}
         for shard in self.meta["shards"]:
             recorded |= {shard[kind]["file"]: shard[kind]["sha256"] for kind in KINDS if kind in shard}
-        return [
-            name for name, digest in recorded.items()
-            if not (self.path / name).is_file() or sha256(self.path / name) != digest
-        ]  # fmt: skip
+        files = {self.path / name: digest for name, digest in recorded.items()}
+        return [file.name for file, digest in files.items() if not file.is_file() or sha256(file) != digest]
 
 
 class StepSampler:
@@ -210,7 +210,7 @@ class StepSampler:
         num_samples: N, images in the store.
         batch_size: B, over all processes and accumulation steps.
         seed: of the order.
-        rank, world_size: this process among all.
+        rank, world_size: of this process.
         accumulation: micro-batches of a step.
         start_step: first step, counted from 0.
         num_steps: steps to give; endless if None.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -64,3 +65,12 @@ def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
             f"there {expected.get(name, 'absent')}"
         )
     model.load_state_dict(tensors)
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over sorted names and tensors as float32."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -6,7 +6,6 @@ Shape suffixes: N batch, R image side in pixels, C latent channels, H = W latent
 from __future__ import annotations
 
 import functools
-import hashlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from huggingface_hub import constants, get_session
 from torch import Tensor
 
 from models.convert_vae import convert_vae
-from models.tensor_file import load_exactly, read_tensor_file, unwrap
+from models.tensor_file import load_exactly, read_tensor_file, state_digest, unwrap
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -128,11 +127,7 @@ def load_vae(name_or_path: str, device: str | torch.device = "cpu") -> Autoencod
 
 def vae_digest(vae: AutoencoderKL) -> str:
     """SHA-256 over the weights as float32, by sorted name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return state_digest(vae.state_dict())
 
 
 def vae_factor(vae: AutoencoderKL) -> int:

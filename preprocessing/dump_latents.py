@@ -1,41 +1,22 @@
-"""Encode images to a latent store: ADM's centre crop, the VAE's posterior mean and deviation.
+"""Encode images to a latent store: ADM's centre crop, the mean and std of the VAE's posterior.
 
     python preprocessing/dump_latents.py --source imagenet/train --output-dir data/imagenet256
     torchrun --nproc_per_node=8 preprocessing/dump_latents.py ...      # one process per GPU, the same bytes
 
-Each shard belongs to one process and its batches are the same for any number of them. A killed run goes on by the same
-command, behind the last whole batch of each shard.
+Each shard belongs to one process and its batches are the same for any number of them. A killed run is resumed by the
+same command, behind the last whole batch of each shard.
 """
 
 from __future__ import annotations
 
-import datetime
-import hashlib
-import os
 import sys
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started as a file
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
-from dataset import LatentDataset, read_meta
-from models.vae import decode_images, encode_moments, load_vae, scale_from_config, vae_digest, vae_factor
-from preprocessing.latent_scale import latent_statistics, measured_scale, scaled_deviation
-from preprocessing.sources import Source, open_source
-from preprocessing.store_writer import LatentStoreWriter, ShardWriter, shard_size
-from runtime import cli, provenance
+from runtime import cli
 from runtime.cli import REQUIRED, flag
-from runtime.distributed import copy_to_host_async
-from runtime.images import center_crop, decode_image
 
 
 @dataclass(frozen=True)
@@ -53,25 +34,58 @@ class DumpConfig:
         "stabilityai/sd-vae-ft-mse", "AutoencoderKL: hub name, local folder, or file as VA-VAE's", group="vae"
     )
     scale: str = flag(
-        "config", "scale and shift of the latents: the VAE's own, or measured by channel", choices=("config", "auto"),
-        group="vae",
-    )  # fmt: skip
+        "config", "the VAE's own scale and shift, or measured by channel", choices=("config", "auto"), group="vae"
+    )
     flip: bool = flag(False, "also encode the mirror image of each crop", group="store")
     keep_images: bool = flag(False, "also keep the crops, for external encoders", group="store")
-    dtype: str = flag("float32", "numbers in the store", choices=("float32", "float16"), group="store")
+    dtype: str = flag("float32", "dtype of the store", choices=("float32", "float16"), group="store")
     verify: int = flag(0, "draw this many decoded latents beside their originals, in verify.png", group="store")
     mixed_precision: str = flag("no", "precision of the encoder", choices=("no", "bf16"), group="speed")
     batch_size: int = flag(32, "images encoded at once, per process", group="speed")
-    num_workers: int = flag(4, "processes that read and crop images, per process that encodes", group="speed")
+    num_workers: int = flag(4, "DataLoader workers that read and crop images, per process", group="speed")
     timeout: int = flag(43_200, "seconds after which a process that waits for another gives up", group="speed")
     device: str | None = flag(None, "cpu, cuda or cuda:N; by default a GPU where there is one", group="speed")
 
     def __post_init__(self):
-        for name, least in (("resolution", 1), ("batch_size", 1), ("num_workers", 0), ("verify", 0), ("timeout", 1)):
+        for name, least in {"resolution": 1, "batch_size": 1, "num_workers": 0, "verify": 0, "timeout": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, found {getattr(self, name)}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit: expected at least 1, found {self.limit}")
+
+
+if __name__ == "__main__":
+    cli.parse(DumpConfig, None, __doc__)  # answers --help and refuses wrong flags before torch is imported
+
+import dataclasses
+import datetime
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from dataset import LatentDataset
+from models.vae import decode_images, encode_moments, load_vae, scale_from_config, vae_digest, vae_factor
+from preprocessing.sources import Source, open_source
+from preprocessing.store_writer import LatentStoreWriter, ShardWriter, recorded_settings, resumed_config, shard_size
+from runtime.distributed import allow_tf32, barrier, choose_device, copy_to_host_async
+from runtime.files import Field
+from runtime.images import center_crop, decode_image
+
+# What determines the content of a store, in its record. A setting that comes later needs Field(historic): what the
+# stores that lack it were made with.
+SETTINGS = dict.fromkeys(
+    "vae_digest resolution crop dtype flip keep_images scale mixed_precision images images_sha256".split(), Field()
+)
 
 
 class Crops(torch.utils.data.Dataset):
@@ -90,11 +104,24 @@ class Crops(torch.utils.data.Dataset):
             return index, " ".join(str(error).split()) or type(error).__name__
 
 
-def as_tensors(batch: list[tuple[int, np.ndarray | str]]) -> tuple[list[int], Tensor | None, list[tuple[int, str]]]:
-    """Of a batch: the indices that could be read and their crops (b, R, R, 3) uint8, and the others with the reason."""
-    kept = [(index, crop) for index, crop in batch if not isinstance(crop, str)]
-    crops = torch.from_numpy(np.stack([crop for _, crop in kept])) if kept else None
-    return [index for index, _ in kept], crops, [(index, crop) for index, crop in batch if isinstance(crop, str)]
+class Batch(NamedTuple):
+    """Images that were read together.
+
+    Args:
+        indices: of those that could be read.
+        crops: (b, R, R, 3) uint8, theirs; None if there are none.
+        unread: index and reason of the others.
+    """
+
+    indices: list[int]
+    crops: Tensor | None
+    unread: list[tuple[int, str]]
+
+
+def collate(crops: list[tuple[int, np.ndarray | str]]) -> Batch:
+    read = [(index, crop) for index, crop in crops if not isinstance(crop, str)]
+    stacked = torch.from_numpy(np.stack([crop for _, crop in read])) if read else None
+    return Batch([index for index, _ in read], stacked, [(i, crop) for i, crop in crops if isinstance(crop, str)])
 
 
 @torch.no_grad()
@@ -116,89 +143,79 @@ def encode_shards(
 ) -> None:
     """Encode what is left of this process's shards, each given with the indices of its images.
 
-    Processes of their own read and crop, a thread writes: the device waits for neither.
+    DataLoader workers read and crop, a thread writes: the device waits for neither.
     """
+    size = config.batch_size
     todo = [  # the batches of a shard are cut from its first image, wherever a killed run had stopped
-        (shard, indices[begin : begin + config.batch_size])
+        (shard, indices[begin : begin + size], begin + size >= len(indices))
         for shard, indices in shards
-        for begin in range(shard.items, len(indices), config.batch_size)
+        for begin in range(shard.items, len(indices), size)
         if not shard.closed
     ]
     loader = DataLoader(
-        Crops(source, config.resolution), batch_sampler=[indices for _, indices in todo], collate_fn=as_tensors,
-        num_workers=config.num_workers, prefetch_factor=4 if config.num_workers else None,
+        Crops(source, config.resolution),
+        batch_sampler=[indices for _, indices, _ in todo],
+        collate_fn=collate,
+        num_workers=config.num_workers,
+        prefetch_factor=4 if config.num_workers else None,
         pin_memory=vae.device.type == "cuda",
-    )  # fmt: skip
+    )
     total = sum(len(indices) for _, indices in shards)
-    done = total - sum(len(indices) for _, indices in todo)
-    lengths = {shard: len(indices) for shard, indices in shards}
+    done = total - sum(len(indices) for _, indices, _ in todo)
     with (
         tqdm(total=total, initial=done, desc="encoding", unit="image", disable=rank > 0, dynamic_ncols=True) as bar,
         ThreadPoolExecutor(1) as writer,
     ):
         in_flight: deque[Future[int]] = deque()
-        for (shard, _), (indices, crops, unread) in zip(todo, loader, strict=True):
-            refuse_unread(unread, source, config)
-            wait = start_encoding(vae, crops, config) if indices else None
+        for (shard, _, last), batch in zip(todo, loader, strict=True):
+            if batch.unread and not config.skip_corrupt:
+                index, reason = batch.unread[0]
+                raise ValueError(
+                    f"expected an image, found {source.names[index]} in {config.source}, which cannot be read "
+                    f"({reason}); replace it, or leave such files out by --skip-corrupt"
+                )
+            wait = start_encoding(vae, batch.crops, config) if batch.indices else None
             before = in_flight[-1] if in_flight else None
-            content = (indices, crops, unread, wait)
-            in_flight.append(writer.submit(write, shard, lengths[shard], *content, source, config, before))
+            in_flight.append(writer.submit(write, shard, batch, last, wait, source, config, before))
             if len(in_flight) > 2:
                 bar.update(in_flight.popleft().result())
         for written in in_flight:
             bar.update(written.result())
-    for shard in lengths:
+    for shard, _ in shards:
         shard.close()  # one that was killed between its last batch and its end
-
-
-def refuse_unread(unread: list[tuple[int, str]], source: Source, config: DumpConfig) -> None:
-    if unread and not config.skip_corrupt:
-        index, reason = unread[0]
-        raise ValueError(
-            f"expected an image, found {source.names[index]} in {config.source}, which cannot be read ({reason}); "
-            f"replace it, or leave such files out by --skip-corrupt"
-        )
 
 
 def write(
     shard: ShardWriter,
-    length: int,
-    indices: list[int],
-    crops: Tensor | None,
-    unread: list[tuple[int, str]],
+    batch: Batch,
+    last: bool,
     wait: Callable[[], list[np.ndarray]] | None,
     source: Source,
     config: DumpConfig,
     before: Future[int] | None,
 ) -> int:
-    """Wait for the moments of a batch and append it to its shard, which is closed with its last one; images done."""
+    """Wait for a batch's moments and append it to its shard, which is closed with its last one; images done."""
     if before is not None:
         before.result()  # nothing may be written behind a batch that was not
-    arrays, sums = {}, []
+    arrays = {}
     if wait is not None:
-        for name, moments in zip(("moments", "flips"), wait(), strict=False):
-            arrays[name] = as_stored(moments, config.dtype)
-        sums = latent_statistics(arrays["moments"])
-        if config.keep_images:
-            arrays["images"] = crops.numpy()
-    shard.append(
-        items=len(indices) + len(unread),
-        arrays=arrays,
-        labels=[source.labels[index] for index in indices],
-        paths=[source.names[index] for index in indices],
-        skipped=[{"path": source.names[index], "reason": reason} for index, reason in unread],
-        statistics=sums,
-    )
-    if shard.items == length:
+        stored = [as_stored(moments, config.dtype) for moments in wait()]
+        arrays = dict(zip(("moments", "flips"), stored, strict=False))
+        arrays |= {"images": batch.crops.numpy()} if config.keep_images else {}
+    labels, paths = ([values[index] for index in batch.indices] for values in (source.labels, source.names))
+    skipped = [{"path": source.names[index], "reason": reason} for index, reason in batch.unread]
+    items = len(labels) + len(skipped)
+    shard.append(items, arrays, labels, paths, skipped)
+    if last:
         shard.close()
-    return len(indices) + len(unread)
+    return items
 
 
 def as_stored(moments: np.ndarray, dtype: str) -> np.ndarray:  # (b, 2C, H, W) float32 -> the same in `dtype`
     """Moments as they are stored.
 
     Raises:
-        ValueError: a number that `dtype` cannot hold.
+        ValueError: a value that `dtype` cannot hold.
     """
     if not np.all(np.abs(moments) <= np.finfo(dtype).max):  # catches NaN, too
         raise ValueError(
@@ -210,15 +227,12 @@ def as_stored(moments: np.ndarray, dtype: str) -> np.ndarray:  # (b, 2C, H, W) f
 
 def verify(config: DumpConfig, source: Source, vae: torch.nn.Module) -> None:
     """`verify.png`: originals above the decoded posterior means of as many images, evenly spaced."""
-    from torchvision.utils import make_grid, save_image
-
     store = LatentDataset(config.output_dir)
     rows = np.unique(np.linspace(0, len(store) - 1, config.verify).round().astype(int))
     paths = (Path(config.output_dir) / "paths.txt").read_text().splitlines()
-    numbers = {name.replace("\n", "\\n"): index for index, name in enumerate(source.names)}
-    originals = torch.from_numpy(
-        np.stack([center_crop(decode_image(source.read(numbers[paths[row]])), config.resolution) for row in rows])
-    )
+    index_of = {name.replace("\n", "\\n"): index for index, name in enumerate(source.names)}
+    contents = [source.read(index_of[paths[row]]) for row in rows]
+    originals = torch.from_numpy(np.stack([center_crop(decode_image(c), config.resolution) for c in contents]))
     mean = store.__getitems__(rows)["moments"].chunk(2, dim=1)[0]
     latents = store.scale.scale_latent(mean).to(vae.device)
     decoded = torch.cat([decode_images(vae, part, store.scale).cpu() for part in latents.split(config.batch_size)])
@@ -230,77 +244,80 @@ def verify(config: DumpConfig, source: Source, vae: torch.nn.Module) -> None:
     print(f"{file}: originals above, decoded latents below; mean PSNR {psnr:.2f} dB over {len(rows)} images")
 
 
-def main(argv: list[str] | None = None) -> None:
-    config = cli.parse(DumpConfig, argv, __doc__.splitlines()[0])
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda":  # of the processes of a machine, each has a GPU of its own
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if device.startswith("cuda"):
-        torch.backends.cudnn.allow_tf32 = False  # moments are the ground that everything else stands on
-    source = open_source(config.source)
-    items = list(range(len(source.names)))
-    if config.limit is not None and config.limit < len(items):
-        items = [place * len(items) // config.limit for place in range(config.limit)]
+def open_vae(config: DumpConfig) -> torch.nn.Module:
+    """The VAE, on this process's device.
+
+    Raises:
+        ValueError: it cannot be loaded, or does not divide the images.
+    """
+    numbered = ":" in (config.device or "")  # cuda:N is the user's own choice
+    device = torch.device(config.device) if numbered else choose_device(config.device)
+    allow_tf32(False)  # moments are the ground that everything else stands on
     vae = load_vae(config.vae, device)
-    if device.startswith("cuda") and config.mixed_precision == "bf16":  # for the GPU's matrix units
-        vae = vae.to(memory_format=torch.channels_last)
     factor = vae_factor(vae)
     if config.resolution % factor:
         raise ValueError(
             f"--resolution: expected a multiple of {factor}, by which {config.vae} reduces images, "
             f"found {config.resolution}"
         )
-    digest = vae_digest(vae)
+    if device.type == "cuda" and config.mixed_precision == "bf16":  # for the GPU's matrix units
+        vae = vae.to(memory_format=torch.channels_last)
+    return vae
+
+
+def open_store(config: DumpConfig, source: Source, items: list[int], vae: torch.nn.Module) -> LatentStoreWriter:
+    """The store: begun now, found half done, or complete.
+
+    Raises:
+        ValueError: the directory holds a store of other settings, or something else.
+    """
     listing = "".join(f"{source.labels[index]} {source.names[index]}\n" for index in items)
-    settings = {
-        "vae_digest": digest, "resolution": config.resolution, "crop": "adm-center", "dtype": config.dtype,
-        "flip": config.flip, "keep_images": config.keep_images, "scale": config.scale,
-        "mixed_precision": config.mixed_precision, "images": len(items),
-        "images_sha256": hashlib.sha256(listing.encode()).hexdigest(),
-    }  # fmt: skip
-    side = config.resolution // factor
+    settings = {name: getattr(config, name, None) for name in SETTINGS}
+    settings |= {"vae_digest": vae_digest(vae), "crop": "adm-center", "images": len(items)}
+    settings["images_sha256"] = hashlib.sha256(listing.encode()).hexdigest()
+    side = config.resolution // vae_factor(vae)
     shapes = {"moments": (2 * vae.config.latent_channels, side, side)}
     shapes |= {"flips": shapes["moments"]} if config.flip else {}
     shapes |= {"images": (config.resolution, config.resolution, 3)} if config.keep_images else {}
-    writer = LatentStoreWriter(config.output_dir, settings, shapes, config.dtype)
+    return LatentStoreWriter(config.output_dir, settings, shapes, config.dtype, SETTINGS)
+
+
+def main(argv: list[str] | None = None) -> None:
+    # The settings: those of the record, where a run is resumed and the user does not give them.
+    config, given = cli.parse_given(DumpConfig, argv, __doc__)
+    saved = recorded_settings(config.output_dir, SETTINGS)
+    config = resumed_config(config, given, saved)
+    if saved and "limit" not in given:
+        config = dataclasses.replace(config, limit=saved["images"])
+
+    # The images, the VAE, the store.
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    source = open_source(config.source)
+    items = list(range(len(source.names)))
+    if config.limit is not None and config.limit < len(items):
+        items = [place * len(items) // config.limit for place in range(config.limit)]
+    vae = open_vae(config)
+    writer = open_store(config, source, items, vae)
+
     if writer.is_complete:
         if rank == 0:
-            print(f"{config.output_dir} is complete: {read_meta(config.output_dir)['count']:,} images")
-            if config.verify:
-                verify(config, source, vae)
-        return
-
-    if world_size > 1:
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=config.timeout))
-    size = shard_size(len(items))
-    shards = [items[begin : begin + size] for begin in range(0, len(items), size)]
-    mine = [(writer.shard(index), shards[index]) for index in range(rank, len(shards), world_size)]
-    encode_shards(mine, source, vae, config, rank)
-    if world_size > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    if rank > 0:
-        return
-
-    sums = np.array(writer.summed_statistics(len(shards)))
-    scale = measured_scale(sums) if config.scale == "auto" else scale_from_config(vae)
-    meta = {
-        "vae": config.vae, "vae_digest": digest, **scale.to_dict(),
-        "scale_source": {"auto": "measured", "config": "config"}[config.scale],
-        "resolution": config.resolution, "crop": "adm-center", "class_names": source.class_names,
-        "settings": settings, "versions": provenance.versions(),
-    }  # fmt: skip
-    meta = writer.finish(len(shards), meta)
-    deviation = scaled_deviation(sums, scale)
-    print(
-        f"{config.output_dir}: {meta['count']:,} images of {meta['num_classes']} classes, "
-        f"{len(meta['skipped'])} skipped; latents {tuple(meta['latent_shape'])}, "
-        f"scaled to a deviation of {deviation:.4f}"
-    )
-    if not 0.5 < deviation < 2:
-        print("warning: expected a deviation near 1; dump them again with --scale auto", file=sys.stderr)
-    if config.verify:
+            print(f"{config.output_dir} is complete: {len(LatentDataset(config.output_dir)):,} images")
+    else:
+        # This process's shards; then, on rank 0, what all have in common.
+        if world_size > 1:
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=config.timeout))
+        size = shard_size(len(items))
+        shards = [items[begin : begin + size] for begin in range(0, len(items), size)]
+        mine = [(writer.shard(index), shards[index]) for index in range(rank, len(shards), world_size)]
+        encode_shards(mine, source, vae, config, rank)
+        if world_size > 1:
+            barrier()
+            torch.distributed.destroy_process_group()
+        if rank == 0:
+            about = {name: writer.settings.get(name) for name in "vae vae_digest scale_source resolution crop".split()}
+            about |= {"vae": config.vae, "scale_source": "config", "class_names": source.class_names}
+            writer.complete(len(shards), None if config.scale == "auto" else scale_from_config(vae), about)
+    if config.verify and rank == 0:
         verify(config, source, vae)
 
 

@@ -1,4 +1,4 @@
-"""Where images come from, and the crop that makes them square.
+"""Where images come from: class folders, a zip of them, or parquet files.
 
 A source lists its images once, in one order on every machine, and reads the bytes of any of them.
 """
@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 import zipfile
 import zlib
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import numpy as np
+import pyarrow
+from pyarrow import parquet
 
-from runtime.images import EXTENSIONS, is_hidden, is_image
+from runtime.images import EXTENSIONS, image_names, is_hidden, is_image
 
 MAX_FILE_BYTES = 2**30  # of a packed file: more would fill the memory before anything could be said of it
 
@@ -55,12 +55,12 @@ def open_source(location: str | Path) -> Source:
         raise ValueError(f"--source: expected a folder, a zip or parquet files, found nothing at {path}")
     if path.is_file():
         return ParquetSource([path]) if path.suffix == ".parquet" else ZipSource(path)
-    parquet = sorted(path.rglob("*.parquet"))
-    return ParquetSource(parquet) if parquet else FolderSource(path)
+    files = sorted(path.rglob("*.parquet"))
+    return ParquetSource(files) if files else FolderSource(path)
 
 
-def _by_class(names: list[str], location: Path) -> tuple[list[str], list[int], list[str]]:
-    """Names sorted by class and name, labels, and the classes: the first folder of each name, in sorted order."""
+def _by_class(names: list[str], location: Path) -> tuple[list[int], list[str]]:
+    """Labels of sorted names, and the classes: the first folder of each name, in sorted order."""
     if not names:
         raise ValueError(f"--source: expected images ({' '.join(sorted(EXTENSIONS))}), found none in {location}")
     loose = [name for name in names if "/" not in name]
@@ -71,21 +71,15 @@ def _by_class(names: list[str], location: Path) -> tuple[list[str], list[int], l
         )
     class_names = sorted({name.split("/", 1)[0] for name in names})
     ids = {class_name: label for label, class_name in enumerate(class_names)}
-    names = sorted(names, key=lambda name: name.split("/"))
-    return names, [ids[name.split("/", 1)[0]] for name in names], class_names
+    return [ids[name.split("/", 1)[0]] for name in names], class_names
 
 
 class FolderSource:
     """Class folders, each of which may hold folders in turn."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        names = []
-        for root, folders, files in os.walk(folder, followlinks=True):  # 1.3 million files: no Path for each
-            folders[:] = [name for name in folders if not is_hidden(name)]
-            parts = Path(root).relative_to(folder).parts
-            names += ["/".join((*parts, name)) for name in files if is_image(name)]
-        self.names, self.labels, self.class_names = _by_class(names, folder)
+        self.folder, self.names = folder, image_names(folder)
+        self.labels, self.class_names = _by_class(self.names, folder)
 
     def read(self, index: int) -> bytes:
         return (self.folder / self.names[index]).read_bytes()
@@ -100,100 +94,64 @@ class ZipSource:
             with zipfile.ZipFile(path) as archive:
                 members = [PurePosixPath(name) for name in archive.namelist()]
         except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(
-                f"--source: expected a folder, a zip or parquet files; {path} is no zip ({error})"
-            ) from error
+            expected = "expected a folder, a zip or parquet files"
+            raise ValueError(f"--source: {expected}; {path} is no zip ({error})") from error
         members = [m for m in members if is_image(m.name) and not any(map(is_hidden, m.parts))]
         depth = 0  # folders around all classes
-        while (
-            members and all(len(m.parts) > depth + 2 for m in members) and len({m.parts[depth] for m in members}) == 1
-        ):
+        while all(len(m.parts) > depth + 2 for m in members) and len({m.parts[depth] for m in members}) == 1:
             depth += 1
         self.prefix = "/".join(members[0].parts[:depth]) + "/" if depth else ""
         names = [str(member).removeprefix(self.prefix) for member in members]
-        self.names, self.labels, self.class_names = _by_class(names, path)
+        self.names = sorted(names, key=lambda name: name.split("/"))
+        self.labels, self.class_names = _by_class(self.names, path)
         self._archive: zipfile.ZipFile | None = None
 
     def read(self, index: int) -> bytes:
         if self._archive is None:
             self._archive = zipfile.ZipFile(self.path)
-        try:
-            return self._unpack(index)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:  # a damaged member, of a zip that can be read
-            raise OSError(str(error)) from error
-
-    def _unpack(self, index: int) -> bytes:
         member = self._archive.getinfo(self.prefix + self.names[index])
         if member.file_size > MAX_FILE_BYTES:
             raise OSError(f"{member.file_size:,} bytes when unpacked, no image has more than {MAX_FILE_BYTES:,}")
-        return self._archive.read(member)
+        try:
+            return self._archive.read(member)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:  # a damaged member, of a zip that can be read
+            raise OSError(str(error)) from error
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_archive": None}  # an open file is not shared between processes
 
 
-@dataclass
 class ParquetSource:
     """Parquet files as datasets are published on the hub: columns `image` (struct of bytes and path) and `label`."""
 
-    files: list[Path]
-    names: list[str] = field(init=False)
-    labels: list[int] = field(init=False)
-    class_names: list[str] = field(init=False)
-
-    def __post_init__(self):
-        import pyarrow
-        import pyarrow.parquet as parquet
-
-        folders = sorted({str(file.parent) for file in self.files})
-        if len(folders) > 1:
-            raise ValueError(
-                f"--source: expected parquet files of one folder, found those of {len(folders)}, which may be splits: "
-                f"{folders[0]}, {folders[1]}; give one of them"
-            )
-        splits = sorted({file.name.split("-")[0] for file in self.files if "-of-" in file.name})
-        if len(splits) > 1:
-            raise ValueError(
-                f"--source: expected parquet files of one split, found {', '.join(splits)}; "
-                f"name one by a pattern, such as '{self.files[0].parent}/{splits[0]}-*.parquet'"
-            )
+    def __init__(self, files: list[Path]):
+        _check_one_split(files)
+        self.files = files
         self.names, self.labels, self.class_names = [], [], []
         self._groups: list[tuple[int, int]] = []  # (file, row group), in order
         starts = [0]
-        for number, path in enumerate(self.files):
-            try:
-                file = parquet.ParquetFile(path)
-                schema = file.schema_arrow
-                image_type = schema.field("image").type
-                if not (pyarrow.types.is_struct(image_type) and image_type.get_field_index("bytes") >= 0):
-                    raise KeyError("image.bytes")
-                self.labels += file.read(columns=["label"]).column("label").to_pylist()
-            except (pyarrow.ArrowException, OSError, KeyError) as error:
-                raise ValueError(
-                    f"--source: expected parquet with columns image (struct with bytes) and label, found {path} "
-                    f"({' '.join(str(error).split())[:200]})"
-                ) from error
+        for number, path in enumerate(files):
+            file, labels = _open_parquet(path)
+            self.labels += labels
             for group in range(file.num_row_groups):
                 self._groups.append((number, group))
                 starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
             self.names += [f"{path.name}/{row}" for row in range(file.metadata.num_rows)]
-            self.class_names = self.class_names or _hub_class_names(schema.metadata or {})
+            self.class_names = self.class_names or _hub_class_names(file.schema_arrow.metadata or {})
         self._starts = np.array(starts)
+        self._cached: tuple[int, pyarrow.Array | None] = (-1, None)
         if not self.names:
-            raise ValueError(f"--source: expected rows in {self.files[0]} and its like, found none")
+            raise ValueError(f"--source: expected rows in {files[0]} and its like, found none")
         if any(not isinstance(label, int) or label < 0 for label in self.labels):
-            raise ValueError(f"--source: expected labels of 0 and more in {self.files[0].parent}, found others")
+            raise ValueError(f"--source: expected labels of 0 and more in {files[0].parent}, found others")
         count = max(self.labels) + 1
         if self.class_names and len(self.class_names) < count:
             raise ValueError(f"--source: expected labels below {len(self.class_names)}, found {count - 1}")
         self.class_names = self.class_names or [str(label) for label in range(count)]
-        self._cached: tuple[int, list] = (-1, [])
 
     def read(self, index: int) -> bytes:
         place = int(np.searchsorted(self._starts, index, side="right")) - 1
         if self._cached[0] != place:  # neighbours are asked for in turn: a group is read once
-            import pyarrow.parquet as parquet
-
             number, group = self._groups[place]
             table = parquet.ParquetFile(self.files[number]).read_row_group(group, columns=["image"])
             self._cached = (place, table.column("image").combine_chunks())
@@ -203,7 +161,37 @@ class ParquetSource:
         return content["bytes"]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_cached": (-1, [])}
+        return self.__dict__ | {"_cached": (-1, None)}
+
+
+def _check_one_split(files: list[Path]) -> None:
+    folders = sorted({str(file.parent) for file in files})
+    if len(folders) > 1:
+        raise ValueError(
+            f"--source: expected parquet files of one folder, found those of {len(folders)}, which may be splits: "
+            f"{folders[0]}, {folders[1]}; give one of them"
+        )
+    splits = sorted({file.name.split("-")[0] for file in files if "-of-" in file.name})
+    if len(splits) > 1:
+        raise ValueError(
+            f"--source: expected parquet files of one split, found {', '.join(splits)}; "
+            f"name one by a pattern, such as '{folders[0]}/{splits[0]}-*.parquet'"
+        )
+
+
+def _open_parquet(path: Path) -> tuple[parquet.ParquetFile, list]:
+    """A file with the columns of a source, and its labels."""
+    try:
+        file = parquet.ParquetFile(path)
+        image = file.schema_arrow.field("image").type
+        if not (pyarrow.types.is_struct(image) and image.get_field_index("bytes") >= 0):
+            raise KeyError("image.bytes")
+        return file, file.read(columns=["label"]).column("label").to_pylist()
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"--source: expected parquet with columns image (struct with bytes) and label, found {path} ({reason})"
+        ) from error
 
 
 def _hub_class_names(metadata: dict[bytes, bytes]) -> list[str]:

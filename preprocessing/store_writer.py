@@ -1,19 +1,29 @@
-"""Writing a latent store, shard by shard and batch by batch. Its format stands in `dataset.py`, which reads it."""
+"""Writing a latent store, shard by shard and batch by batch. Its format stands in `dataset.py`, which reads it.
+
+Shape suffixes: b images of a batch, C latent channels, H = W latent side, R image side.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dataset import FORMAT, NPY_HEADER, VERSION, npy_header, read_journal, read_json, read_meta
-from runtime.files import sha256, to_checksummed_json, write_at, write_atomically
+from models.vae import LatentScale
+from runtime import provenance
+from runtime.files import Field, read_record, sha256, to_checksummed_json, write_at, write_atomically
+
+Config = TypeVar("Config")
 
 
 def shard_size(count: int) -> int:
@@ -25,53 +35,105 @@ def shard_size(count: int) -> int:
     return max(64, -(-count // 64))
 
 
+def recorded_settings(directory: str | Path, fields: Mapping[str, Field]) -> dict[str, Any] | None:
+    """The settings that a store was made with, or begun with; None where there is no store.
+
+    Raises:
+        ValueError: the record is damaged, or written by newer code.
+    """
+    meta, begun = Path(directory) / "meta.json", Path(directory) / "partial" / "settings.json"
+    if meta.is_file():
+        return read_record(read_meta(directory)["settings"], fields, meta)
+    return read_record(read_json(begun), fields, begun) if begun.is_file() else None
+
+
+def resumed_config(config: Config, given: frozenset[str], saved: dict[str, Any] | None) -> Config:
+    """`config` with the recorded value of each setting that the user did not give."""
+    names = {field.name for field in dataclasses.fields(config)} & set(saved or ()) - given
+    return dataclasses.replace(config, **{name: saved[name] for name in names})
+
+
 class LatentStoreWriter:
-    """Writes a store, shard by shard and batch by batch; a killed writer goes on behind its last whole batch.
+    """Writes a store, shard by shard and batch by batch; a killed writer resumes behind its last whole batch.
 
     Args:
-        folder: the store's folder, made if need be.
-        settings: JSON values that determine the content. A folder begun with others is refused.
+        directory: of the store, made if need be.
+        settings: JSON values that determine the content. A directory begun with others is refused.
         shapes: {kind: shape of one row} for "moments" (2C, H, W) and, if wanted, "flips" (2C, H, W) and
             "images" (R, R, 3).
         dtype: "float32" or "float16", of moments and flips; images are uint8.
+        fields: how `settings` of older code are read.
 
     Raises:
-        ValueError: the folder was begun with other settings, or holds something else.
+        ValueError: the directory was begun with other settings, or holds something else.
     """
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any], shapes: dict[str, tuple[int, ...]], dtype: str):
-        self.folder, self.shapes, self.dtype = Path(folder), shapes, dtype
-        self.records = self.folder / "partial"
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"expected a folder to write the store to, found the file {self.folder}")
-        if self.is_complete:
-            _same_settings(self.folder, read_meta(self.folder)["settings"], settings)
+    def __init__(
+        self,
+        directory: str | Path,
+        settings: dict[str, Any],
+        shapes: dict[str, tuple[int, ...]],
+        dtype: str,
+        fields: Mapping[str, Field] | None = None,
+    ):
+        self.directory, self.settings, self.shapes, self.dtype = Path(directory), settings, shapes, dtype
+        self.records = self.directory / "partial"
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"expected a directory to write the store to, found the file {directory}")
+        saved = recorded_settings(directory, fields or dict.fromkeys(settings, Field()))
+        differing = [
+            f"{name} {value} there, {settings[name]} now"
+            for name, value in (saved or {}).items()
+            if value != settings[name]
+        ]
+        if differing:
+            found = "; ".join(differing)
+            raise ValueError(f"{directory} was made with other settings ({found}); give those, or another --output-dir")
+        if saved is not None:
             return
-        begun = self.records / "settings.json"
-        if begun.is_file():
-            _same_settings(self.folder, read_json(begun), settings)
-        elif self.folder.is_dir() and any(path.name != "partial" for path in self.folder.iterdir()):
-            raise ValueError(f"expected a new folder or a store begun by this command, found other files in {folder}")
-        else:
-            self.records.mkdir(parents=True, exist_ok=True)
-            write_atomically(begun, json.dumps(settings, indent=2).encode())
+        if self.directory.is_dir() and any(path.name != "partial" for path in self.directory.iterdir()):
+            raise ValueError(
+                f"expected a new directory or a store begun by this command, found other files in {directory}"
+            )
+        self.records.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.records / "settings.json", json.dumps(settings, indent=2))
 
     @property
     def is_complete(self) -> bool:
-        return (self.folder / "meta.json").is_file()
+        return (self.directory / "meta.json").is_file()
 
     def shard(self, index: int) -> ShardWriter:
         """The writer of one shard, at the place where it stopped."""
         return ShardWriter(self, index)
 
-    def summed_statistics(self, num_shards: int) -> list[float]:
-        """What `append` was given as statistics, summed over the batches of all shards, in order."""
+    def _records(self, num_shards: int) -> list[dict[str, Any]]:
         records = [read_json(self.records / f"shard-{index:05d}.json") for index in range(num_shards)]
-        batches = [batch for record in records for batch in record["statistics"] if batch]
-        return [math.fsum(values) for values in zip(*batches, strict=True)]
+        if not any(record["rows"] for record in records):
+            raise ValueError(f"expected at least one readable image for {self.directory}, found none")
+        return records
+
+    def complete(self, num_shards: int, scale: LatentScale | None, about: dict[str, Any]) -> None:
+        """`finish` with `scale`, or with the measured one if None, and say what the store holds.
+
+        Args:
+            about: of `meta.json`: vae, vae_digest, scale_source, resolution, crop, class_names.
+        """
+        batches = [batch for record in self._records(num_shards) for batch in record["statistics"] if batch]
+        sums = np.array([math.fsum(values) for values in zip(*batches, strict=True)])
+        if scale is None:
+            scale, about = measured_scale(sums), about | {"scale_source": "measured"}
+        meta = {name: about[name] for name in ("vae", "vae_digest")} | scale.to_dict() | about
+        meta = self.finish(num_shards, meta | {"settings": self.settings, "versions": provenance.versions()})
+        std = scaled_std(sums, scale)
+        print(
+            f"{self.directory}: {meta['count']:,} images of {meta['num_classes']} classes, {len(meta['skipped'])} "
+            f"skipped; latents {tuple(meta['latent_shape'])}, scaled to a std of {std:.4f}"
+        )
+        if not 0.5 < std < 2:
+            print("warning: expected a std near 1; make the store again with --scale auto", file=sys.stderr)
 
     def finish(self, num_shards: int, meta: dict[str, Any]) -> dict[str, Any]:
-        """Join the shards' records to labels, paths and `meta.json`, and remove what is only needed to go on.
+        """Join the shards' records to labels, paths and `meta.json`, and remove what is only needed to resume.
 
         Args:
             num_shards: shards in all, each of which must have been closed.
@@ -80,38 +142,34 @@ class LatentStoreWriter:
         Returns:
             The content of `meta.json`.
         """
-        records = [read_json(self.records / f"shard-{index:05d}.json") for index in range(num_shards)]
-        count = sum(record["rows"] for record in records)
-        if count == 0:
-            raise ValueError(f"expected at least one readable image for {self.folder}, found none")
-        labels = np.array([label for record in records for label in record["labels"]], dtype=np.int64)
+        records = self._records(num_shards)
+        labels = io.BytesIO()
+        np.save(labels, np.array([label for record in records for label in record["labels"]], dtype=np.int64))
+        write_atomically(self.directory / "labels.npy", labels.getvalue())
         paths = "".join(path + "\n" for record in records for path in record["paths"])
-        with open(self.folder / "labels.npy.partial", "wb") as file:
-            np.save(file, labels)
-        os.replace(self.folder / "labels.npy.partial", self.folder / "labels.npy")
-        write_atomically(self.folder / "paths.txt", paths.encode())
+        write_atomically(self.directory / "paths.txt", paths)
         meta = {
             "format": FORMAT,
             "version": VERSION,
             **meta,
             "latent_shape": [self.shapes["moments"][0] // 2, *self.shapes["moments"][1:]],
             "dtype": self.dtype,
-            "count": count,
+            "count": sum(record["rows"] for record in records),
             "num_classes": len(meta["class_names"]),
             "flips": "flips" in self.shapes,
             "images": "images" in self.shapes,
             "shards": [{"count": record["rows"], **record["files"]} for record in records if record["rows"]],
-            "labels_sha256": sha256(self.folder / "labels.npy"),
-            "paths_sha256": sha256(self.folder / "paths.txt"),
+            "labels_sha256": sha256(self.directory / "labels.npy"),
+            "paths_sha256": sha256(self.directory / "paths.txt"),
             "skipped": [entry for record in records for entry in record["skipped"]],
         }
-        write_atomically(self.folder / "meta.json", to_checksummed_json(meta))
+        write_atomically(self.directory / "meta.json", to_checksummed_json(meta))
         shutil.rmtree(self.records)
         return meta
 
 
 class ShardWriter:
-    """One shard being written. `items` says how many source items are done; go on behind them."""
+    """One shard being written. `items` says how many source items are done; resume behind them."""
 
     def __init__(self, store: LatentStoreWriter, index: int):
         self.store, self.index = store, index
@@ -129,19 +187,16 @@ class ShardWriter:
         labels: Sequence[int],
         paths: Sequence[str],
         skipped: Sequence[dict] = (),
-        statistics: Sequence[float] = (),
     ) -> None:
         """Add a batch: `items` source items, of which those in `skipped` have no row.
 
         Args:
-            arrays: {kind: (b, ...)} for each kind of the store.
+            arrays: {kind: (b, ...)} for each kind of the store; nothing where all were skipped.
             labels: b class ids. paths: b sources.
             skipped: JSON values that name the others.
-            statistics: numbers that `finish`'s caller sums.
         """
         for kind, rows in arrays.items():
-            dtype = "uint8" if kind == "images" else self.store.dtype
-            rows = np.ascontiguousarray(rows, dtype=dtype)
+            rows = np.ascontiguousarray(rows, dtype=self._dtype(kind))
             assert rows.shape == (len(labels), *self.store.shapes[kind]), (kind, rows.shape)
             descriptor = os.open(self._file(kind, ".partial"), os.O_WRONLY | os.O_CREAT, 0o644)
             try:
@@ -150,10 +205,12 @@ class ShardWriter:
             finally:
                 os.close(descriptor)
         batch = {
-            "items": items, "labels": [int(label) for label in labels],
-            "paths": [path.replace("\n", "\\n") for path in paths], "skipped": list(skipped),
-            "statistics": list(statistics),
-        }  # fmt: skip
+            "items": items,
+            "labels": [int(label) for label in labels],
+            "paths": [path.replace("\n", "\\n") for path in paths],
+            "skipped": list(skipped),
+            "statistics": latent_statistics(arrays["moments"]) if arrays else [],
+        }
         with open(self.journal, "a") as file:  # behind the rows: a batch counts once its line is whole
             file.write(json.dumps(batch) + "\n")
         self.batches.append(batch)
@@ -165,35 +222,51 @@ class ShardWriter:
         if self.closed:
             return
         files = {}
-        for kind, shape in self.store.shapes.items():
-            if self.rows == 0:
-                break
+        for kind, shape in self.store.shapes.items() if self.rows else ():
             partial, final = self._file(kind, ".partial"), self._file(kind)
             if partial.exists():  # else renamed before a kill
-                dtype = np.dtype("uint8" if kind == "images" else self.store.dtype)
+                dtype = self._dtype(kind)
                 with open(partial, "r+b") as file:
                     file.write(npy_header((self.rows, *shape), dtype))
-                    file.truncate(NPY_HEADER + self.rows * dtype.itemsize * int(np.prod(shape)))
+                    file.truncate(NPY_HEADER + self.rows * dtype.itemsize * math.prod(shape))
                     os.fsync(file.fileno())
                 os.replace(partial, final)
             files[kind] = {"file": final.name, "sha256": sha256(final)}
-        record = {
-            "rows": self.rows, "files": files,
-            "labels": [label for batch in self.batches for label in batch["labels"]],
-            "paths": [path for batch in self.batches for path in batch["paths"]],
-            "skipped": [entry for batch in self.batches for entry in batch["skipped"]],
-            "statistics": [batch["statistics"] for batch in self.batches],
-        }  # fmt: skip
-        write_atomically(self.record_file, json.dumps(record).encode())
+        joined = {
+            name: [value for batch in self.batches for value in batch[name]] for name in ("labels", "paths", "skipped")
+        }
+        record = {"rows": self.rows, "files": files, **joined}
+        record["statistics"] = [batch["statistics"] for batch in self.batches]
+        write_atomically(self.record_file, json.dumps(record))
         self.journal.unlink(missing_ok=True)
         self.closed = True
 
+    def _dtype(self, kind: str) -> np.dtype:
+        return np.dtype("uint8" if kind == "images" else self.store.dtype)
+
     def _file(self, kind: str, suffix: str = "") -> Path:
-        return self.store.folder / f"{kind}-{self.index:05d}.npy{suffix}"
+        return self.store.directory / f"{kind}-{self.index:05d}.npy{suffix}"
 
 
-def _same_settings(folder: Path, found: dict, expected: dict) -> None:
-    names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    if names:
-        differing = "; ".join(f"{name} {found.get(name)} there, {expected.get(name)} now" for name in names)
-        raise ValueError(f"{folder} was made with other settings ({differing}); give those, or another --output-dir")
+def latent_statistics(moments: np.ndarray) -> list[float]:  # (b, 2C, H, W) -> (1 + 2C,)
+    """Values per channel, then by channel the sums of posterior samples and of their squares, in expectation."""
+    mean, std = np.split(moments.astype(np.float64), 2, axis=1)
+    sums = [values.sum(axis=(0, 2, 3)) for values in (mean, mean**2 + std**2)]
+    return [float(mean[:, 0].size), *sums[0].tolist(), *sums[1].tolist()]
+
+
+def scaled_std(sums: np.ndarray, scale: LatentScale) -> float:  # (1 + 2C,)
+    """The std of all scaled posterior samples, from the summed `latent_statistics`."""
+    mean, square = np.split(sums[1:] / sums[0], 2)
+    scaled_mean = (mean - scale.shift) * scale.scale
+    scaled_square = (square - 2 * np.multiply(scale.shift, mean) + np.square(scale.shift)) * np.square(scale.scale)
+    return float(np.sqrt(scaled_square.mean() - scaled_mean.mean() ** 2))
+
+
+def measured_scale(sums: np.ndarray) -> LatentScale:  # (1 + 2C,)
+    """Scale and shift that give each channel mean 0 and std 1, as the path to N(0, 1) supposes."""
+    mean, square = np.split(sums[1:] / sums[0], 2)
+    std = np.sqrt(square - mean**2)
+    if not np.all(std > 0):
+        raise ValueError(f"--scale auto: expected latents that vary, found stds {std.tolist()}; use config")
+    return LatentScale(tuple((1 / std).tolist()), tuple(mean.tolist()))

@@ -47,10 +47,19 @@ def make_encoder(file: Path, seed: int = 0) -> Path:
 
 
 def make_store(
-    folder: Path, count: int = 24, classes: int = 3, size: int = 8, channels: int = 4, seed: int = 0,
-    flips: bool = False, images: bool = False, vae: Path | None = None, dtype: str = "float32", shard_size: int = 10,
+    folder: Path,
+    count: int = 24,
+    classes: int = 3,
+    size: int = 8,
+    channels: int = 4,
+    seed: int = 0,
+    flips: bool = False,
+    images: bool = False,
+    vae: Path | None = None,
+    dtype: str = "float32",
+    shard_size: int = 10,
     scale: float = 0.9,
-) -> Path:  # fmt: skip
+) -> Path:
     """A store of random moments in several shards; made for images of 4 pixels to a latent."""
     rng = np.random.default_rng(seed)
     shape = (2 * channels, size, size)
@@ -69,14 +78,18 @@ def make_store(
         paths = [f"{i}.png" for i in range(count)[rows]]
         shard.append(len(paths), {kind: values[rows] for kind, values in numbers.items()}, labels[rows].tolist(), paths)
         shard.close()
-    writer.finish(
-        index + 1,
-        {
-            "vae": str(vae) if vae else "none", "vae_digest": vae_digest(load_vae(str(vae))) if vae else "none",
-            "scale": [scale], "shift": [0.1], "scale_source": "config", "resolution": 4 * size, "crop": "adm-center",
-            "class_names": [f"class {k}" for k in range(classes)], "settings": settings,
-        },
-    )  # fmt: skip
+    meta = {
+        "vae": str(vae) if vae else "none",
+        "vae_digest": vae_digest(load_vae(str(vae))) if vae else "none",
+        "scale": [scale],
+        "shift": [0.1],
+        "scale_source": "config",
+        "resolution": 4 * size,
+        "crop": "adm-center",
+        "class_names": [f"class {k}" for k in range(classes)],
+        "settings": settings,
+    }
+    writer.finish(index + 1, meta)
     return folder
 
 

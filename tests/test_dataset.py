@@ -12,15 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+import dataset
 from dataset import LatentDataset, StepSampler
 from preprocessing.store_writer import LatentStoreWriter, shard_size
-from runtime.files import read_checksummed_json, to_checksummed_json
+from runtime.files import Field, read_checksummed_json, to_checksummed_json
 from tests.stores import make_store
 
 META = {
-    "vae": "some/vae", "vae_digest": "abc", "scale": [2.0], "shift": [0.5], "scale_source": "config", "resolution": 16,
-    "crop": "adm-center", "class_names": ["a", "b"], "settings": {"x": 1},
-}  # fmt: skip
+    "vae": "some/vae",
+    "vae_digest": "abc",
+    "scale": [2.0],
+    "shift": [0.5],
+    "scale_source": "config",
+    "resolution": 16,
+    "crop": "adm-center",
+    "class_names": ["a", "b"],
+    "settings": {"x": 1},
+}
 SHAPES = {"moments": (4, 2, 2), "flips": (4, 2, 2), "images": (16, 16, 3)}
 
 
@@ -65,7 +73,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
     meta = write(tmp_path / "s", numbers)
     store = LatentDataset(tmp_path / "s", images=True)
     assert (len(store), store.latent_shape, store.num_classes, store.has_flips) == (9, (2, 2, 2), 2, True)
-    assert store.meta == json.loads(json.dumps(meta))
+    assert store.meta == json.loads(json.dumps(meta)) | {"versions": None}
     assert store.meta["skipped"] == [{"path": "bad.png", "reason": "cut short"}]
     assert (store.scale.scale, store.scale.shift) == ((2.0,), (0.5,))
     order = [8, 0, 5, 4, 4, 17, 9]  # 9 and beyond: mirror images
@@ -93,7 +101,7 @@ def test_float16_is_read_as_float32(tmp_path):
 
 
 @pytest.mark.parametrize("stop", ["in a batch", "between batches", "before the header", "after the rename"])
-def test_a_killed_writer_goes_on_to_the_same_bytes(stop, tmp_path):
+def test_a_killed_writer_resumes_to_the_same_bytes(stop, tmp_path):
     numbers = rows(9)
     write(tmp_path / "whole", numbers)
     writer = LatentStoreWriter(tmp_path / "s", {"x": 1}, SHAPES, "float32")
@@ -110,8 +118,11 @@ def test_a_killed_writer_goes_on_to_the_same_bytes(stop, tmp_path):
             record = json.loads(shard.record_file.read_text())
             shard.record_file.unlink()
             shard.journal.write_text("")
-            lines = [{"items": k, "labels": record["labels"][a : a + k], "paths": record["paths"][a : a + k],
-                      "skipped": [], "statistics": []} for a, k in ((0, 3), (3, 2))]  # fmt: skip
+            none = {"skipped": [], "statistics": []}
+            labels, paths = record["labels"], record["paths"]
+            lines = [
+                {"items": n, "labels": labels[a : a + n], "paths": paths[a : a + n]} | none for a, n in ((0, 3), (3, 2))
+            ]
             shard.journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
     again = LatentStoreWriter(tmp_path / "s", {"x": 1}, SHAPES, "float32")
     shard = again.shard(0)
@@ -144,6 +155,20 @@ def test_another_store_in_the_folder_is_refused(tmp_path):
     assert contents(tmp_path / "u") == {"thesis.tex": b"precious"}
 
 
+def test_a_new_field_has_its_historic_value_in_old_stores(tmp_path, monkeypatch):
+    write(tmp_path / "s", rows(9))
+    before = dataset.read_meta(tmp_path / "s")
+    monkeypatch.setattr(dataset, "META", dataset.META | {"colour": Field("RGB")})
+    assert LatentDataset(tmp_path / "s").meta == before | {"colour": "RGB"}
+
+
+def test_a_renamed_field_is_read_by_its_old_name(tmp_path, monkeypatch):
+    write(tmp_path / "s", rows(9))
+    renamed = {name: field for name, field in dataset.META.items() if name != "crop"}
+    monkeypatch.setattr(dataset, "META", renamed | {"cut": Field(old_names=("crop",), read_old=str.upper)})
+    assert LatentDataset(tmp_path / "s").meta["cut"] == "ADM-CENTER"
+
+
 def edit(folder, **changes):
     meta = read_checksummed_json(folder / "meta.json")
     (folder / "meta.json").write_text(to_checksummed_json(meta | changes))
@@ -155,6 +180,7 @@ def edit(folder, **changes):
         (lambda f: (f / "meta.json").unlink(), "found no meta.json"),
         (lambda f: (f / "meta.json").write_text("{"), "damaged store: .*meta.json"),
         (lambda f: edit(f, version=2), "expected a latent store of format"),
+        (lambda f: edit(f, colour="RGB"), r"meta\.json was written by newer code: it has 'colour'"),
         (lambda f: edit(f, count=8), "empty or damaged store"),
         (lambda f: edit(f, count=0, shards=[]), "empty or damaged store"),
         (lambda f: edit(f, scale=[0.0]), "positive scales"),

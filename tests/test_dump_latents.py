@@ -1,5 +1,6 @@
 """From images to a store: the crop, the sources, the entry point, and what it refuses."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -18,6 +19,8 @@ from dataset import LatentDataset
 from models.vae import encode_moments, load_vae
 from preprocessing import dump_latents
 from preprocessing.sources import open_source
+from runtime.cli import flag
+from runtime.files import Field
 from runtime.images import center_crop, decode_image
 from tests.stores import make_vae
 
@@ -246,8 +249,8 @@ def images(tmp_path_factory):
 
 
 def flags(source, output, vae, *more):
-    return ["--source", str(source), "--output-dir", str(output), "--vae", str(vae), "--resolution", "32",
-            "--batch-size", "16", "--num-workers", "0", *map(str, more)]  # fmt: skip
+    fixed = "--resolution 32 --batch-size 16 --num-workers 0".split()
+    return ["--source", str(source), "--output-dir", str(output), "--vae", str(vae), *fixed, *map(str, more)]
 
 
 def run(*arguments):
@@ -292,7 +295,7 @@ def test_the_store_holds_the_moments_of_each_crop(images, vae, undisturbed):
     assert (store.meta["scale"], store.meta["shift"], store.meta["scale_source"]) == ([0.9], [0.0], "config")
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(images, vae, undisturbed, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_bytes(images, vae, undisturbed, tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     encode = dump_latents.start_encoding
@@ -338,8 +341,8 @@ def test_nothing_is_written_behind_a_batch_that_failed(images, vae, undisturbed,
 
 @pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one(images, vae, undisturbed, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "preprocessing" / "dump_latents.py")]  # fmt: skip
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
+    command.append(str(ROOT / "preprocessing" / "dump_latents.py"))
     arguments = flags(images, tmp_path / "store", vae, "--flip", "--keep-images")
     done = subprocess.run(
         command + arguments, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -355,13 +358,44 @@ def test_a_complete_store_is_left_alone(images, vae, undisturbed, capsys):
     assert contents(undisturbed) == before
 
 
-@pytest.mark.parametrize(
-    "more, name", [(["--dtype", "float16"], "dtype"), (["--limit", 9], "images"), (["--no-flip"], "flip"),
-                   (["--scale", "auto"], "scale"), (["--resolution", 16], "resolution")]
-)  # fmt: skip
-def test_a_store_of_other_settings_is_refused(more, name, images, vae, undisturbed):
+@pytest.mark.parametrize("more", ["--dtype float16", "--limit 9", "--no-flip", "--scale auto", "--resolution 16"])
+def test_a_store_of_other_settings_is_refused(more, images, vae, undisturbed):
+    name = {"--limit 9": "images 150 there, 9 now"}.get(more, more.split()[0].removeprefix("--").removeprefix("no-"))
     with pytest.raises(ValueError, match=f"other settings .*{name}.*another --output-dir"):
-        run(images, undisturbed, vae, "--flip", "--keep-images", *more)
+        run(images, undisturbed, vae, "--flip", "--keep-images", *more.split())
+
+
+def test_what_is_not_given_on_resume_comes_from_the_record(images, vae, tmp_path, monkeypatch):
+    flags = ["--flip", "--keep-images", "--dtype", "float16", "--scale", "auto", "--resolution", 16, "--limit", 100]
+    run(images, tmp_path / "whole", vae, *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(dump_latents.ShardWriter, "close", lambda self: sys.exit())
+        with pytest.raises(SystemExit):
+            run(images, tmp_path / "parts", vae, *flags)
+    for folder in ("parts", "whole"):  # unfinished, and complete
+        few = ["--source", images, "--output-dir", tmp_path / folder, "--vae", vae, "--batch-size", 16]
+        dump_latents.main([*map(str, few), "--num-workers", "0"])
+        assert contents(tmp_path / folder) == contents(tmp_path / "whole")
+
+
+def test_a_new_setting_has_its_historic_value_in_old_stores(images, vae, undisturbed, monkeypatch, capsys):
+    colour = ("colour", str, flag("Lab", "colours of the crops"))
+    newer = dataclasses.make_dataclass("Newer", [colour], bases=(dump_latents.DumpConfig,), frozen=True)
+    monkeypatch.setattr(dump_latents, "DumpConfig", newer)
+    monkeypatch.setattr(dump_latents, "SETTINGS", dump_latents.SETTINGS | {"colour": Field("RGB")})
+    dump_latents.main(["--source", str(images), "--output-dir", str(undisturbed), "--vae", str(vae)])
+    assert "is complete" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"other settings \(colour RGB there, Lab now\)"):
+        run(images, undisturbed, vae, "--colour", "Lab")
+
+
+def test_a_store_of_newer_code_is_one_line(images, vae, tmp_path):
+    (tmp_path / "store" / "partial").mkdir(parents=True)
+    settings = dict.fromkeys(dump_latents.SETTINGS, 1) | {"colour": "Lab"}
+    (tmp_path / "store" / "partial" / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"settings\.json was written by newer code: it has 'colour'") as error:
+        run(images, tmp_path / "store", vae)
+    assert "\n" not in str(error.value)
 
 
 def test_limit_is_spread_over_the_classes(images, vae, tmp_path):
@@ -388,7 +422,7 @@ def test_moments_beyond_float16_stop_the_run(images, tmp_path):
         run(images, tmp_path / "store", folder, "--dtype", "float16")
 
 
-def test_measured_scale_gives_each_channel_mean_0_and_deviation_1(images, vae, undisturbed, tmp_path):
+def test_measured_scale_gives_each_channel_mean_0_and_std_1(images, vae, undisturbed, tmp_path):
     run(images, tmp_path / "store", vae, "--scale", "auto")
     store = LatentDataset(tmp_path / "store")
     assert store.meta["scale_source"] == "measured"
@@ -436,7 +470,7 @@ def test_corrupt_files_stop_the_run_or_are_listed(vae, tmp_path):
         (["--limit", 0], "--limit: expected at least 1, found 0"),
         (["--batch-size", 0], "--batch-size: expected at least 1"),
         (["--source", "/no/such/folder"], "--source: .*nothing at"),
-        (["--vae", "/no/such/vae"], "--vae: expected a folder or file with an AutoencoderKL"),
+        (["--vae", "/no/such/vae"], "--vae: expected a directory or file with an AutoencoderKL"),
     ],
 )
 def test_bad_flags_are_refused_before_anything_is_written(more, message, images, vae, tmp_path):

@@ -87,7 +87,7 @@ def test_repas_folder_comes_back_with_labels_by_name_and_images_by_order(leading
     assert store.verify_digests() == []
 
 
-def test_lightningdits_shards_are_samples_without_deviation_normalised_by_their_statistics(tmp_path):
+def test_lightningdits_shards_are_samples_without_std_normalised_by_their_statistics(tmp_path):
     expected = lightningdit_dump(tmp_path / "dump")
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\ndog\n")
     store = imported(tmp_path / "dump", tmp_path / "store", "--class-names", str(tmp_path / "names.txt"))
@@ -130,7 +130,7 @@ def content(folder):
 
 
 @pytest.mark.parametrize("kind", ["repa", "lightningdit"])
-def test_a_stopped_import_goes_on_to_the_same_bytes(kind, tmp_path, monkeypatch):
+def test_a_stopped_import_resumes_to_the_same_bytes(kind, tmp_path, monkeypatch):
     if kind == "repa":
         repa_dump(tmp_path / "dump", count=150, size=2)
     else:
@@ -155,8 +155,27 @@ def test_a_stopped_import_goes_on_to_the_same_bytes(kind, tmp_path, monkeypatch)
         assert content(tmp_path / f"parts{stop}") == content(tmp_path / "whole")
 
 
+def test_what_is_not_given_on_resume_comes_from_the_record(tmp_path, monkeypatch):
+    lightningdit_dump(tmp_path / "dump", size=2)
+    torch.save({"mean": torch.zeros(4), "std": torch.full((4,), 4.0)}, tmp_path / "s.pt")
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
+    flags = ["--dtype", "float16", "--resolution", "40", "--stats", str(tmp_path / "s.pt"), "--latent-multiplier", "2"]
+    flags += ["--class-names", str(tmp_path / "names.txt"), "--vae", "some/vae"]
+    whole = imported(tmp_path / "dump", tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(store_writer.ShardWriter, "close", lambda self: sys.exit())
+        with pytest.raises(SystemExit):
+            imported(tmp_path / "dump", tmp_path / "parts", *flags)
+    parts = imported(tmp_path / "dump", tmp_path / "parts")
+    assert parts.meta | {"scale_source": "s.pt"} == whole.meta
+    imported(tmp_path / "dump", tmp_path / "whole")  # complete
+    for other in (["--dtype", "float32"], ["--latent-multiplier", "3"], ["--vae", "another/vae"]):
+        with pytest.raises(ValueError, match="was made with other settings"):
+            imported(tmp_path / "dump", tmp_path / "whole", *other)
+
+
 @pytest.mark.slow
-def test_a_killed_import_goes_on_to_the_same_bytes(tmp_path):
+def test_a_killed_import_resumes_to_the_same_bytes(tmp_path):
     repa_dump(tmp_path / "dump", count=3000, size=2)
     command = [sys.executable, str(PROGRAM), "--source", str(tmp_path / "dump"), "--output-dir"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
@@ -178,6 +197,10 @@ def labels_of(dump, change):
     file.write_text(json.dumps({"labels": list(entries.items())}))
 
 
+def small_image(file):
+    Image.new("RGB", (9, 9)).save(file)
+
+
 FIRST = "00000/img-mean-std-00000000.npy"
 
 
@@ -190,21 +213,20 @@ FIRST = "00000/img-mean-std-00000000.npy"
         (lambda d: labels_of(d, lambda e: e.update({FIRST: 0.5})), (), "counted from 0.*found 0.5"),
         (lambda d: (d / "vae-sd" / "dataset.json").write_text("[]"), (), r'expected \{"labels": '),
         (lambda d: (d / "vae-sd" / "dataset.json").write_text("{"), (), r'expected \{"labels": '),
-        (lambda d: np.save(d / "vae-sd" / FIRST, np.zeros((8, 2, 2))), (), r"means and deviations \(8, 2, 2\)"),
+        (lambda d: np.save(d / "vae-sd" / FIRST, np.zeros((8, 2, 2))), (), r"means and stds \(8, 2, 2\)"),
         (lambda d: (d / "vae-sd" / FIRST).write_bytes(b"x"), (), "cannot be read as one"),
         (lambda d: np.save(d / "vae-sd" / FIRST, np.array([{}])), (), "cannot be read as one"),
         (lambda d: np.save(d / "vae-sd" / FIRST, np.full((8, 4, 4), np.nan)), (), f"expected finite latents.*{FIRST}"),
         (lambda d: np.save(d / "vae-sd" / FIRST, np.full((8, 4, 4), -1.0)), (), "are they log-variances"),
         (lambda d: np.save(d / "vae-sd" / FIRST, np.full((8, 4, 4), 1e6)), ("--dtype", "float16"), "--dtype float32"),
         (lambda d: (d / "images" / "00000" / "img00000001.png").unlink(), ("--keep-images",), "of 7 latents, found 6"),
-        (lambda d: Image.new("RGB", (9, 9)).save(d / "images" / "00001" / "img00000004.png"), ("--keep-images",),
-         "images of side 32, found"),
+        (lambda d: small_image(d / "images" / "00001" / "img00000004.png"), ("--keep-images",), "of side 32, found"),
         (lambda d: None, ("--keep-images", "--resolution", "64"), "--resolution: expected 32"),
         (lambda d: None, ("--format", "lightningdit"), "found repa in"),
         (lambda d: None, ("--class-names", "absent.txt"), "--class-names: expected a text file"),
         (lambda d: None, ("--vae", str(PROGRAM)), "--vae "),
     ],
-)  # fmt: skip
+)
 def test_a_repa_folder_that_is_wrong_is_named_before_anything_is_written(spoil, flags, message, tmp_path):
     repa_dump(tmp_path / "dump")
     spoil(tmp_path / "dump")
@@ -223,6 +245,10 @@ def reshard(dump, change, index=0):
     save_file(tensors, file)
 
 
+def statistics(dump, mean, std):
+    torch.save({"mean": mean, "std": std}, dump / "latents_stats.pt")
+
+
 @pytest.mark.parametrize(
     ("spoil", "flags", "message"),
     [
@@ -234,16 +260,15 @@ def reshard(dump, change, index=0):
         (lambda d: reshard(d, lambda t: t["latents"].fill_(torch.nan)), (), "finite latents.*shard000.safetensors/0"),
         (lambda d: (d / "latents_rank00_shard001.safetensors").write_bytes(b"x" * 9), (), "cannot be read"),
         (lambda d: (d / "latents_stats.pt").unlink(), (), "expected statistics.*--stats FILE or --scale auto"),
-        (lambda d: torch.save({"mean": torch.zeros(3), "std": torch.ones(3)}, d / "latents_stats.pt"), (),
-         "expected 4 means and positive deviations.*found 3 and 3"),
-        (lambda d: torch.save({"mean": torch.zeros(4), "std": torch.zeros(4)}, d / "latents_stats.pt"), (), "positive"),
+        (lambda d: statistics(d, torch.zeros(3), torch.ones(3)), (), "4 means and positive stds.*found 3 and 3"),
+        (lambda d: statistics(d, torch.zeros(4), torch.zeros(4)), (), "positive"),
         (lambda d: torch.save([1], d / "latents_stats.pt"), (), "expected tensors `mean` and `std`"),
         (lambda d: (d / "latents_stats.pt").write_bytes(b"x"), (), "expected tensors `mean` and `std`"),
         (lambda d: None, ("--keep-images",), "--keep-images: expected a source with images"),
         (lambda d: None, ("--latent-multiplier", "0"), "--latent-multiplier"),
         (lambda d: None, ("--format", "repa"), "found lightningdit in"),
     ],
-)  # fmt: skip
+)
 def test_lightningdit_shards_that_are_wrong_are_named_before_anything_is_written(spoil, flags, message, tmp_path):
     lightningdit_dump(tmp_path / "dump")
     spoil(tmp_path / "dump")
@@ -255,10 +280,8 @@ def test_lightningdit_shards_that_are_wrong_are_named_before_anything_is_written
 
 def test_a_user_sees_one_line_and_code_2(tmp_path):
     for source in (tmp_path, tmp_path / "absent"):
-        done = subprocess.run(
-            [sys.executable, str(PROGRAM), "--source", str(source), "--output-dir", str(tmp_path / "store")],
-            capture_output=True, text=True,
-        )  # fmt: skip
+        command = [sys.executable, str(PROGRAM), "--source", str(source), "--output-dir", str(tmp_path / "store")]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2
         assert done.stderr.startswith(
             "error: --source: expected a folder with vae-sd/dataset.json (REPA) or *.safetensors"
@@ -277,10 +300,8 @@ def test_va_vae_latents_train_a_sit_of_patch_1(tmp_path):
 
     lightningdit_dump(tmp_path / "dump", counts=(4, 4), channels=32, size=16)
     imported(tmp_path / "dump", tmp_path / "store")
-    folder = run(
-        tmp_path / "store", tmp_path, model="SiT-Ti/1", batch_size=2, max_train_steps=1, random_flip=True,
-        num_workers=0,
-    )  # fmt: skip
+    settings = {"batch_size": 2, "max_train_steps": 1, "random_flip": True, "num_workers": 0}
+    folder = run(tmp_path / "store", tmp_path, model="SiT-Ti/1", **settings)
     (row,) = read_log(folder)
     assert 0 < row["align_vae"] < 5
     assert weights(folder)["heads.vae.8.weight"].shape == (32, 384)

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dataset import LatentDataset
 from models.vae import load_vae
-from preprocessing import sources as images
+from preprocessing import sources
 from preprocessing.sources import ZipSource
 from runtime.images import decode_image
+from tests.stores import make_store
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [
-    path for path in ROOT.rglob("*.py")
-    if not {".venv", "tests", "exps"} & set(path.relative_to(ROOT).parts)
-]  # fmt: skip
+ELSEWHERE = {".venv", "tests", "exps"}
+SOURCES = [path for path in ROOT.rglob("*.py") if not ELSEWHERE & set(path.relative_to(ROOT).parts)]
 
 
 def calls():
@@ -62,7 +62,7 @@ def test_bombs_are_refused(tmp_path, monkeypatch):
     Image.new("1", (20_000, 20_000)).save(content, "PNG")  # 400 million pixels in 60 KB
     with pytest.raises(OSError, match="decompression bomb"):
         decode_image(content.getvalue())
-    monkeypatch.setattr(images, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 1000)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("cat/1.png", bytes(1001))
     with pytest.raises(OSError, match=r"1,001 bytes when unpacked"):
@@ -86,7 +86,7 @@ def test_what_pillow_raises_for_damaged_files_is_an_unreadable_file(error, monke
     def broken(*_):
         raise error("inside")
 
-    monkeypatch.setattr(images.Image, "open", broken)
+    monkeypatch.setattr(Image, "open", broken)
     with pytest.raises(OSError, match="inside"):
         decode_image(b"x")
 
@@ -102,9 +102,6 @@ def test_hub_names_that_look_like_paths_are_paths(name, monkeypatch):
 
 
 def test_arrays_of_objects_are_not_read(tmp_path):
-    from dataset import LatentDataset
-    from tests.stores import make_store
-
     store = make_store(tmp_path / "store")
     np.save(store / "labels.npy", np.array([{"a": 1}] * 24, dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="damaged store"):
