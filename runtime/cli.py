@@ -31,6 +31,7 @@ def flag(
     choices: Sequence | None = None,
     metavar: str | None = None,
     positional: bool = False,
+    on_resume: str = "fixed",
     record: Field | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line flag.
@@ -43,10 +44,11 @@ def flag(
         aliases: other spellings, such as "--proj-coeff".
         choices: the allowed values.
         positional: it may also be given without its name, before all flags: `program a b --other 1`.
+        on_resume: whether the setting may be changed on resume: "fixed", "announced" or "free".
         record: how records that lack the field, or have it in an older form, are read; by default they have `default`.
     """
     metadata = {"help": help, "group": group, "aliases": aliases, "choices": choices, "metavar": metavar}
-    metadata |= {"positional": positional, "record": record}
+    metadata |= {"positional": positional, "on_resume": on_resume, "record": record}
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -1,4 +1,4 @@
-"""The device of this process, what processes agree on, and copies to the host that nobody waits for."""
+"""The device of this rank, what ranks agree on, and async copies to the host."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 def choose_device(name: str | None) -> torch.device:
-    """This process's device.
+    """This rank's device, made the current one.
 
     Raises:
-        ValueError: a GPU is asked for, and there is none for this process.
+        ValueError: a GPU is asked for, and there is none for this rank.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
@@ -33,7 +33,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def run_on_rank0(compute: Callable[[], Any]) -> Any:
-    """What `compute` gives on process 0, on every process. An error is raised there; the others end quietly."""
+    """What `compute` gives on rank 0, on every rank. An error is raised there; the other ranks exit with code 2."""
     if not dist.is_initialized():
         return compute()
     message: list = [None, None]  # result, error
@@ -51,7 +51,7 @@ def run_on_rank0(compute: Callable[[], Any]) -> Any:
 
 
 def barrier() -> None:
-    """Return when every process is here.
+    """Return when every rank is here.
 
     Raises:
         ValueError: one of them has failed.
@@ -62,14 +62,14 @@ def barrier() -> None:
         dist.barrier()
     except RuntimeError as error:  # gloo: the connection was closed
         raise ValueError(
-            "another process failed (see its message); the same command goes on with what is done"
+            "another process failed (see its message); the same command resumes with what is done"
         ) from error
 
 
 def copy_to_host_async(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
     """Begin copies to the host, in the current stream; the function returned waits for them, in any thread.
 
-    So the device can go on meanwhile. Tensors of the CPU are handed through.
+    So the device can work on meanwhile. Tensors of the CPU are handed through.
     """
     if not tensors[0].is_cuda:
         return lambda: [tensor.numpy() for tensor in tensors]

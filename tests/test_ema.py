@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.ema import update_ema
+from training.ema import EMAUpdater
 
 
 def test_update_equals_the_formula_and_leaves_the_model_alone():
@@ -17,7 +17,7 @@ def test_update_equals_the_formula_and_leaves_the_model_alone():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
         before = [p.clone() for p in model.parameters()]
-        update_ema(ema, model, 0.9)
+        EMAUpdater(ema, model, 0.9).update()
         expected = [0.9 * e + 0.1 * p.detach().double() for e, p in zip(expected, before, strict=True)]
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     for found, wanted in zip(ema.parameters(), expected, strict=True):
@@ -28,10 +28,10 @@ def test_buffers_are_copied():
     model = nn.BatchNorm1d(2)
     ema = copy.deepcopy(model)
     model(torch.randn(8, 2))
-    update_ema(ema, model, 0.5)
+    EMAUpdater(ema, model, 0.5).update()
     assert torch.equal(ema.running_mean, model.running_mean)
 
 
 def test_other_architectures_are_refused():
     with pytest.raises(AssertionError, match="different parameters"):
-        update_ema(nn.Linear(2, 2, bias=False), nn.Linear(2, 2), 0.9)
+        EMAUpdater(nn.Linear(2, 2, bias=False), nn.Linear(2, 2), 0.9)

@@ -1,5 +1,6 @@
 """Every method of `--align`: what it aligns with, against references written here; and what it leaves alone."""
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -16,7 +17,8 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from alignment.registry import METHODS, normalize_tokens, parse_align, weight_schedule
+from alignment.registry import METHODS, parse_align
+from alignment.terms import normalize_tokens, weight_schedule
 from dataset import LatentDataset, StepSampler
 from loss import Alignment
 from models import load
@@ -346,28 +348,28 @@ def test_the_targets_channels_are_normalised_over_an_images_tokens(data, tmp_pat
     ],
 )
 def test_schedules_are_their_formulas(text, expected):
-    context = SimpleNamespace(config=SimpleNamespace(resolution=256), steps_per_epoch=5.0)
+    context = SimpleNamespace(resolution=256, steps_per_epoch=5.0)
     factor = weight_schedule(text, context, "--align-schedule")
     assert {step: factor(step) for step in expected} == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
 
 def test_sras_schedule_falls_earlier_at_512():
-    context = SimpleNamespace(config=SimpleNamespace(resolution=512), steps_per_epoch=1.0)
+    context = SimpleNamespace(resolution=512, steps_per_epoch=1.0)
     factor = weight_schedule("sra", context, "--sra-schedule")
     assert (factor(99), factor(899)) == (1, pytest.approx(0.1))
 
 
 def test_a_method_whose_weight_is_gone_costs_no_target_and_is_reported_as_0(data, repa, tmp_path, monkeypatch):
     calls = []
-    encode = train.METHODS["repa"]
+    method = METHODS["repa"]
 
     def counted(context):
-        method = encode(context)
-        target = method.target
-        method.target = lambda batch: calls.append(1) or target(batch)
-        return method
+        terms = method.build(context)
+        target = terms.target
+        terms.target = lambda batch: calls.append(1) or target(batch)
+        return terms
 
-    monkeypatch.setitem(METHODS, "repa", counted)
+    monkeypatch.setitem(METHODS, "repa", dataclasses.replace(method, build=counted))
     rows = read_log(run(data, tmp_path, align="repa", repa_schedule="off:2", max_train_steps=4, **repa))
     assert len(calls) == 2
     assert [row["align_repa"] > 0 for row in rows] == [True, True, False, False]

@@ -131,7 +131,7 @@ def test_a_changed_learning_rate_holds_after_loading():
 
 
 def test_zero1_refuses_float16():
-    from training.config import resolve
+    from training.setup import resolve
 
     store = SimpleNamespace(
         meta={"resolution": 32, "vae": "none"}, num_classes=3, has_flips=False

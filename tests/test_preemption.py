@@ -14,7 +14,7 @@ from models.load import checkpoints, latest_checkpoint
 from reporting.log import read_log
 from tests.stores import make_store
 from tests.test_train import run, same, settings, weights
-from training.preemption import GO_ON, StopRequest
+from training.preemption import RESUMABLE, StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3000  # far more than are done before the signal
@@ -64,7 +64,7 @@ def undisturbed(data, tmp_path, steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, GO_ON), (signal.SIGUSR1, GO_ON), (signal.SIGINT, 130)],
+    ("number", "code"), [(signal.SIGTERM, RESUMABLE), (signal.SIGUSR1, RESUMABLE), (signal.SIGINT, 130)],
     ids=["SIGTERM", "SIGUSR1", "Ctrl-C"],
 )  # fmt: skip
 def test_a_signal_ends_the_step_and_saves_and_the_same_command_goes_on(number, code, data, tmp_path):

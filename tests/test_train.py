@@ -25,7 +25,7 @@ from reporting.log import read_log
 from runtime import cli
 from tests.stores import ENCODER, make_encoder, make_store, make_vae
 from training import checkpoint
-from training.config import FREE_ON_RESUME, TrainConfig
+from training.config import TrainConfig, settings_by
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -184,7 +184,7 @@ def test_the_loss_is_that_of_the_store_and_the_step(data, tmp_path, monkeypatch)
 
 @pytest.fixture(scope="module")
 def plain(data, tmp_path_factory):
-    """Weights, average and log of a run with the settings that the next tests change."""
+    """Weights, EMA and log of a run with the settings that the next tests change."""
     folder = run(data, tmp_path_factory.mktemp("plain"), label_dropout=0.5)
     return weights(folder), weights(folder, "ema"), read_log(folder)
 
@@ -314,7 +314,7 @@ def test_every_flag_is_either_free_on_resume_or_tested_above():
         "skip_spikes", "spike_factor",  # below
     }  # fmt: skip
     tested = set(CHANGES) | set(JOINT_CHANGES)
-    assert {field.name for field in dataclasses.fields(TrainConfig)} == (FREE_ON_RESUME | tested | elsewhere), (
+    assert {field.name for field in dataclasses.fields(TrainConfig)} == (settings_by(on_resume="free") | tested | elsewhere), (
         "a new flag needs a test of its effect"
     )
 
@@ -380,7 +380,7 @@ def test_grids_show_the_average_from_the_same_noise_each_time(tmp_path):
 def test_a_vae_that_did_not_make_the_store_is_refused(tmp_path):
     make_store(tmp_path / "store", vae=make_vae(tmp_path / "vae"))
     other = make_vae(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match=r"is not the VAE that made"):
+    with pytest.raises(ValueError, match=r"expected the VAE of the store"):
         run(tmp_path / "store", tmp_path, sampling_steps=1, vae=other)
 
 
@@ -505,7 +505,7 @@ def test_an_inherited_environment_does_not_divide_the_loss(data, tmp_path, plain
 def test_two_trainers_in_one_folder_are_refused(data, tmp_path):
     folder = run(data, tmp_path, max_train_steps=1)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
     other = subprocess.Popen(
         [sys.executable, "-c", hold, str(folder / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -520,7 +520,7 @@ def test_two_trainers_in_one_folder_are_refused(data, tmp_path):
 def test_an_unstable_run_can_go_on_with_a_lower_learning_rate(data, tmp_path):
     run(data, tmp_path)
     before = weights(tmp_path / "run")
-    with pytest.warns(UserWarning, match=r"goes on with other settings: --learning-rate 0\.001 -> 1e-30"):
+    with pytest.warns(UserWarning, match=r"is resumed with other settings: --learning-rate 0\.001 -> 1e-30"):
         run(data, tmp_path, learning_rate=1e-30, max_train_steps=4)
     for name, value in weights(tmp_path / "run").items():  # two steps of no length
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-28)
@@ -531,7 +531,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(name, data
     folder = run(data, tmp_path, label_dropout=0.5, checkpointing_steps=1)
     file = load.latest_checkpoint(folder) / name
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.warns(UserWarning, match=rf"damaged checkpoint: .*0000002.*{name}.*going back to .*0000001"):
+    with pytest.warns(UserWarning, match=rf"damaged checkpoint: .*0000002.*{name}.*resuming from .*0000001"):
         run(data, tmp_path, label_dropout=0.5, checkpointing_steps=1)
     assert same(weights(folder), plain[0])
 

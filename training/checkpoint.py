@@ -1,18 +1,11 @@
-"""Checkpoints: folders that appear whole or not at all, whose files are verified when they are read.
+"""Writing checkpoints, and resuming from them: directories that appear whole or not at all.
 
-    <run>/checkpoints/0400000/
-        config.json          settings of the SiT
-        ema.safetensors      the averaged SiT: what is sampled from
-        model.safetensors    SiT and heads as trained
-        optimizer.pt         optimizer state, tensors and plain values only
-        state.json           step, settings of the run, latent scale, versions, git revision, digest of each file
-
-Nothing is ever unpickled: weights are safetensors, and `optimizer.pt` is read with `weights_only=True`. So are the
-files of other projects, which `load_sit` takes as well.
+`models/load.py` says what they hold, and reads them. Every file's SHA-256 is recorded, and compared before it is used.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -31,7 +24,31 @@ from torch.utils._pytree import tree_map_only
 
 from models.load import FORMAT, VERSION, checkpoints, latest_checkpoint, load_weights, read_state, verified_file
 from models.sit import SiT
+from runtime import provenance
 from runtime.files import fsync, sha256, to_checksummed_json
+from training.config import TrainConfig
+
+
+def make_records(
+    config: TrainConfig, store: dict[str, Any], data_digest: str, initial: dict[str, Any] | None, processes: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What goes into a run's `config.json`, and into `state.json` of its checkpoints beside step and digests.
+
+    Args:
+        config: with every None decided.
+        store: `meta.json` of the latents.
+        data_digest: SHA-256 of that file.
+        initial: `source`, `read_as` and `digest` of the weights that the run began with; None if they were random.
+        processes: how many train now.
+    """
+    settings = {"config": dataclasses.asdict(config), "data_digest": data_digest, "initial": initial}
+    settings |= {"processes": processes, **provenance.stamp()}
+    groups: dict[str, list[str]] = {}
+    for field in dataclasses.fields(config):
+        groups.setdefault(field.metadata["group"], []).append(field.name)
+    from_store = {name: store[name] for name in ("vae", "vae_digest", "resolution", "class_names")}
+    scale = {name: list(store[name]) for name in ("scale", "shift")}
+    return settings | {"groups": groups}, {**settings, **from_store, "scale": scale, "path_type": config.path_type}
 
 
 def snapshot(
@@ -41,11 +58,11 @@ def snapshot(
     scaler: torch.amp.GradScaler | None = None,
     guard: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Copies in host memory of all that a checkpoint holds: training may go on while they are written.
+    """Copies in host memory of all that a checkpoint holds: training may continue while they are written.
 
     Args:
         model: the trained module, not wrapped by DDP.
-        ema: the average to sample from.
+        ema: the EMA, which is sampled from.
         optimizer: of `model`; `None` leaves `optimizer.pt` out (such a checkpoint can be sampled from, not resumed).
         scaler: of float16 training.
         guard: what else the next step depends on.
@@ -62,18 +79,18 @@ def write_checkpoint(run_dir: str | Path, step: int, content: dict[str, Any], in
     """Write `<run_dir>/checkpoints/<step>` under a temporary name, flush it to the disk, and rename it.
 
     Args:
-        run_dir: the run's folder.
+        run_dir: the run's directory.
         step: optimizer steps done.
         content: as `snapshot` gives it.
         info: JSON values that sampling and resuming need: at least `scale` (`LatentScale.to_dict()`), `vae`,
             `vae_digest`, `resolution`, `class_names`, `path_type`.
 
     Returns:
-        The checkpoint's folder.
+        The checkpoint's directory.
     """
-    folder = Path(run_dir) / "checkpoints" / f"{step:07d}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.partial"
+    directory = Path(run_dir) / "checkpoints" / f"{step:07d}"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = directory.parent / f".{directory.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
     try:
         partial.mkdir()
@@ -88,19 +105,19 @@ def write_checkpoint(run_dir: str | Path, step: int, content: dict[str, Any], in
         for file in partial.iterdir():
             fsync(file)
         fsync(partial)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step, which a resumed run makes again
-        os.replace(partial, folder)
-        fsync(folder.parent)
+        shutil.rmtree(directory, ignore_errors=True)  # a damaged one of the same step, which a resumed run makes again
+        os.replace(partial, directory)
+        fsync(directory.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # above all on a full disk
         raise
-    return folder
+    return directory
 
 
 class CheckpointWriter:
     """Writes checkpoints of a run in a thread, one at a time, and rotates them.
 
-    One that cannot be written is reported, what there was stays whole, and training goes on to try again at the next.
+    A failure is reported, what there was stays whole, and training continues to the next checkpoint.
     """
 
     def __init__(self, run_dir: str | Path, keep_last: int, keep_every: int):
@@ -139,7 +156,7 @@ class CheckpointWriter:
                 f"cannot write the checkpoint of step {step} to {self.run_dir} ({' '.join(str(error).split())[:200]}); "
                 f"the last good one is {saved or 'none'}; make room on the disk"
             )
-            print(f"warning: {self.error}; training goes on", file=sys.stderr, flush=True)
+            print(f"warning: {self.error}; training continues", file=sys.stderr, flush=True)
             return
         rotate_checkpoints(self.run_dir, self.keep_last, self.keep_every)
 
@@ -160,15 +177,15 @@ def latest_valid_checkpoint(run_dir: str | Path) -> Path | None:
         ValueError: there are checkpoints, and all are damaged.
     """
     errors = []
-    for folder in reversed(checkpoints(run_dir)):
+    for directory in reversed(checkpoints(run_dir)):
         try:
-            verify_checkpoint(folder)
+            verify_checkpoint(directory)
         except ValueError as error:
             errors.append(error)
             continue
         if errors:
-            warnings.warn(f"{errors[0]}: going back to {folder}", stacklevel=2)
-        return folder
+            warnings.warn(f"{errors[0]}: resuming from {directory}", stacklevel=2)
+        return directory
     if errors:
         raise ValueError(
             f"expected a whole checkpoint in {run_dir}, found {len(errors)} damaged; the newest: {errors[0]}"
@@ -176,20 +193,20 @@ def latest_valid_checkpoint(run_dir: str | Path) -> Path | None:
     return None
 
 
-def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
+def verify_checkpoint(directory: str | Path) -> dict[str, Any]:
     """`state.json` of a checkpoint, once the digests of all files have been compared.
 
     Raises:
         ValueError: one is missing, or damaged.
     """
-    state = read_state(folder)
+    state = read_state(directory)
     for name in state["digests"]:
-        verified_file(Path(folder), name, state)
+        verified_file(Path(directory), name, state)
     return state
 
 
 def load_checkpoint(
-    folder: str | Path,
+    directory: str | Path,
     model: nn.Module,
     ema: SiT,
     optimizer: torch.optim.Optimizer,
@@ -203,11 +220,11 @@ def load_checkpoint(
     Raises:
         ValueError: a file is missing, damaged, or of another architecture.
     """
-    folder = Path(folder)
-    state = read_state(folder)
+    directory = Path(directory)
+    state = read_state(directory)
     names = ("model.safetensors", "ema.safetensors", "optimizer.pt")
     model_file, ema_file, optimizer_file = (
-        verified_file(folder, name, state) if verify else folder / name for name in names
+        verified_file(directory, name, state) if verify else directory / name for name in names
     )
     load_weights(model, model_file)
     load_weights(ema, ema_file)

@@ -38,9 +38,9 @@ class StepStats:
 
 
 class StepGuard:
-    """Refuses steps with a loss or gradient that is not finite, and, if asked to, spikes of the gradient's norm.
+    """Skips steps with a loss or gradient that is not finite, and, if asked to, spikes of the gradient's norm.
 
-    Everything is kept in tensors on the device, and read when a row of metrics is due. All processes decide alike.
+    Everything is kept in tensors on the device, and read when a row of metrics is due. All ranks decide alike.
 
     Args:
         terms: names of what `check` is given; the last is the gradient's norm.
@@ -64,10 +64,10 @@ class StepGuard:
         self.steps = 0
 
     def check(self, step: int, values: Tensor) -> Tensor:  # (terms,) -> ()
-        """1 if optimizer step `step`, counted from 0, must not be applied, else 0; float32, the same on all processes.
+        """1 if optimizer step `step`, counted from 0, must not be applied, else 0; float32, the same on all ranks.
 
         Args:
-            values: this process's losses of the step, and the gradient's norm.
+            values: this rank's losses of the step, and the gradient's norm.
         """
         broken = (~torch.isfinite(values)).float()
         if torch.distributed.is_initialized():
@@ -93,7 +93,7 @@ class StepGuard:
         return bad
 
     def read(self) -> StepStats:
-        """What came of the steps since the last call, over all processes. Here the host waits for the device."""
+        """What came of the steps since the last call, over all ranks. Here the host waits for the device."""
         sums = self.sums.clone()
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)

@@ -1,7 +1,7 @@
-"""AdamW, on one process or divided over several (ZeRO-1), whose step can be refused without asking the host.
+"""AdamW, on one rank or sharded over several (ZeRO-1), whose step can be skipped without asking the host.
 
-Divided, each process keeps the moments of its share of the parameters, updates that share and sends it to the others:
-the same numbers, in less memory. Checkpoints hold the whole state either way, so that a run may change over.
+Sharded, each rank keeps the moments of its shard of the parameters, updates that shard and sends it to the others: the
+same numbers, in less memory. Checkpoints hold the whole state either way, so that a run may change over.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW with the run's settings, in one fused kernel; with --zero1 divided over the processes, if several."""
+    """AdamW with the run's settings, in one fused kernel; with --zero1 sharded over the ranks, if several."""
     settings = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -34,32 +34,32 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> t
 
 
 def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The AdamW that this process steps: all of it, or its share."""
+    """The AdamW that this rank steps: of all parameters, or of its shard."""
     return getattr(optimizer, "optim", optimizer)
 
 
-def skip_step_if(optimizer: torch.optim.Optimizer, refused: Tensor) -> None:
-    """Let the next step do nothing, moments included, where `refused` () float32 is 1: AdamW looks on the device."""
-    local_optimizer(optimizer).found_inf = refused
+def skip_step_if(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
+    """Let the next step do nothing, moments included, where `skipped` () float32 is 1: AdamW looks on the device."""
+    local_optimizer(optimizer).found_inf = skipped
 
 
 def consolidate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Bring the whole state to process 0, whose `state_dict` then gives it. All processes call it."""
+    """Bring the whole state to rank 0, whose `state_dict` then gives it. All ranks call this."""
     if local_optimizer(optimizer) is not optimizer:
         optimizer.consolidate_state_dict(to=0)
 
 
 def fix_loaded_state(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Make a state that has just been loaded fit to go on from; the learning rate may have been changed since."""
+    """Make a state that has just been loaded fit for the next step; the learning rate may have been changed since."""
     own = local_optimizer(optimizer)
     for group in (*optimizer.param_groups, *own.param_groups):
         group["lr"] = learning_rate
     for parameter, values in own.state.items():
-        # The fused kernel counts steps where it computes; a divided state comes with its counts on the host.
+        # The fused kernel counts steps where it computes; a sharded state comes with its counts on the host.
         values["step"] = values["step"].to(parameter.device)
 
 
 def release_process_group(optimizer: torch.optim.Optimizer) -> None:
-    """Give up the group of processes before it is destroyed: held until Python ends, it aborts the process at times."""
+    """Give up the process group before it is destroyed: held until Python ends, it aborts the process at times."""
     if local_optimizer(optimizer) is not optimizer:
         optimizer.process_group = None

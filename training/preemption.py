@@ -9,15 +9,15 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-GO_ON = 75  # exit code (EX_TEMPFAIL of sysexits.h): stopped as asked, the same command goes on
+RESUMABLE = 75  # exit code (EX_TEMPFAIL of sysexits.h): stopped as asked, to be resumed
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
     """Catches SIGTERM, SIGUSR1 (as SLURM sends) and Ctrl-C, so that the current step can be ended and saved.
 
-    A signal may reach one process, or all at different steps. So in each step the processes tell each other, on the
-    host and in the background, and act on what was said in the step before: they stop at the same step, and none waits.
+    A signal may reach one rank, or all at different steps. So in each step the ranks tell each other, on the host and
+    in the background, and act on what was said in the step before: they stop at the same step, and none waits.
     A second Ctrl-C ends the process at once.
     """
 
@@ -35,7 +35,7 @@ class StopRequest:
         print(f"{self.received.name}: ending the step, then saving", file=sys.stderr, flush=True)
 
     def agreed(self) -> signal.Signals | None:
-        """The signal that all processes now know of. To be called once in each step by each of them."""
+        """The signal that all ranks now know of. To be called once in each step by each of them."""
         if self.group is None:
             return self.received
         told = None
@@ -57,11 +57,11 @@ class StopRequest:
 
 
 def ignore_signals(worker: int) -> None:
-    """For a process that reads data: its trainer ends it, not the signal that the whole group may get."""
+    """For a DataLoader worker: its trainer ends it, not the signal that the whole process group may get."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def exit_code(number: signal.Signals) -> int:
-    """Of a run that was stopped by a signal and saved: 130 for Ctrl-C as shells have it, else `GO_ON`."""
-    return 130 if number == signal.SIGINT else GO_ON
+    """Of a run that was stopped by a signal and saved: 130 for Ctrl-C as shells have it, else `RESUMABLE`."""
+    return 130 if number == signal.SIGINT else RESUMABLE

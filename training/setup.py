@@ -1,0 +1,400 @@
+"""From settings to a run that is ready for its next step."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import datetime
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from alignment.registry import METHODS, needs_of, parse_align
+from alignment.terms import AlignmentContext, AlignmentTerms
+from dataset import LatentDataset, StepSampler
+from diffusion.interpolant import Interpolant
+from loss import Alignment
+from models.aligned import AlignedSiT
+from models.load import load_sit
+from models.sit import SiT, SiTConfig
+from models.vae import UNKNOWN_VAE, LatentScale, check_vae, load_vae
+from reporting.log import RunLog
+from runtime.distributed import allow_tf32
+from runtime.files import sha256, to_json, write_atomically
+from runtime.seeding import block_generator, step_generator
+from training.checkpoint import CheckpointWriter, load_checkpoint, make_records
+from training.config import TrainConfig
+from training.ema import EMAUpdater
+from training.nonfinite import StepGuard
+from training.optimizer import fix_loaded_state, make_optimizer
+from training.preemption import ignore_signals
+from training.run_dir import find_resume_checkpoint, lock_run_dir, resumed_config
+
+
+@dataclass
+class Run:
+    """What training works on."""
+
+    config: TrainConfig  # with every None decided
+    accelerator: Accelerator
+    store: LatentDataset
+    sampler: StepSampler
+    loader: DataLoader
+    model: torch.nn.Module  # AlignedSiT, wrapped by DDP when there are several processes
+    sit: SiT  # the backbone inside `model`
+    ema: SiT
+    ema_updater: EMAUpdater
+    optimizer: torch.optim.Optimizer
+    guard: StepGuard
+    interpolant: Interpolant
+    methods: dict[str, AlignmentTerms]
+    needs: set[str]  # of a batch, by the methods
+    vae: torch.nn.Module | None  # decoder of the grids, on rank 0
+    start: int  # steps done before
+    writer: CheckpointWriter
+    state: dict[str, Any]  # what every state.json holds
+    log: RunLog | None  # on rank 0, as the lock
+    lock: Any
+
+    @property
+    def scale(self) -> LatentScale:
+        return self.store.scale
+
+    def alignments(self, step: int) -> dict[str, Alignment]:
+        """The alignment terms of the loss at an optimizer step, by name."""
+        return {
+            term: terms.alignment_at(step) for name, terms in self.methods.items() for term in terms.term_names(name)
+        }
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written, and let others use the directory."""
+        self.writer.wait()
+        if self.lock:
+            self.lock.release()
+
+
+def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
+    """Build a run: a new one, or one that is resumed from its newest valid checkpoint.
+
+    Args:
+        config: its settings; those that are None are decided here.
+        given: names of the settings that the user gave, all unless said; a resumed run takes the others from its
+            record.
+
+    Raises:
+        ValueError: settings, data, VAE, weights or the run's directory do not fit each other.
+    """
+    # Where the run stands: its checkpoint, its settings, its data.
+    found = find_resume_checkpoint(config)
+    if found:
+        names = frozenset(field.name for field in dataclasses.fields(config))
+        config = resumed_config(config, names if given is None else given, found[1]["config"], found[0] / "state.json")
+    store = LatentDataset(config.data_dir, images="images" in needs_of(config.align))
+    config = resolve(config, store, torch.cuda.is_available())
+    data_digest = check_data(config, store, found)
+
+    # The processes, and what each reads.
+    accelerator = make_accelerator(config)
+    rank0 = accelerator.is_main_process
+    start = found[1]["step"] if found else 0
+    sampler, loader = make_loader(config, store, accelerator, start)
+    vae = load_grid_vae(config, store, accelerator.device) if config.sampling_steps and rank0 else None
+
+    # The networks: SiT, EMA and heads are functions of the seed, or of --init-from.
+    source = load_sit(config.init_from) if config.init_from and not found else None
+    sit, ema = (network.to(accelerator.device) for network in build_sit(config, store, source))
+    interpolant = Interpolant(config.path_type)
+    context = AlignmentContext(
+        config,
+        sit,
+        ema,
+        interpolant,
+        accelerator.device,
+        accelerator.autocast,
+        len(store) / config.batch_size,
+        config.resolution,
+        config.compile,
+    )
+    methods = {name: METHODS[name].build(context) for name in parse_align(config.align)}
+    model = AlignedSiT(sit, make_heads(config, methods)).to(accelerator.device)
+    if config.compile:
+        for module in [*sit.blocks, *model.heads.values()]:
+            module.compile(fullgraph=True, dynamic=False)
+
+    # What changes with every step: optimizer, guard; as they were, on resume.
+    optimizer = make_optimizer(config, model.parameters())
+    terms = ["loss", "velocity", *(f"align_{term}" for term in model.heads), "grad_norm"]
+    guard = StepGuard(terms, accelerator.device, config.spike_factor, config.skip_spikes)
+    if found:
+        guard.load_state_dict(load_checkpoint(found[0], model, ema, optimizer, accelerator.scaler, verify=False))
+        fix_loaded_state(optimizer, config.learning_rate)
+        accelerator.print(f"resuming from {found[0]}")
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        store=store,
+        sampler=sampler,
+        loader=loader,
+        model=accelerator.prepare(model),
+        sit=sit,
+        ema=ema,
+        ema_updater=EMAUpdater(ema, sit, config.ema_decay),
+        # The optimizer is where the model is: accelerate need not move it.
+        optimizer=accelerator.prepare_optimizer(optimizer, device_placement=False),
+        guard=guard,
+        interpolant=interpolant,
+        methods=methods,
+        needs=needs_of(config.align),
+        vae=vae,
+        start=start,
+        writer=CheckpointWriter(config.run_dir, config.keep_last, config.keep_every),
+        state={},
+        log=None,
+        lock=None,
+    )
+
+    # The records.
+    start_records(run, data_digest, initial_weights(accelerator, source, found, config))
+    return run
+
+
+def resolve(config: TrainConfig, store: LatentDataset, on_gpu: bool) -> TrainConfig:
+    """The config with every `None` decided, checked against the store.
+
+    Raises:
+        ValueError: store and settings disagree.
+    """
+    size = config.model.removeprefix("SiT-").split("/")[0]
+    depths = {name: by_size for method in METHODS.values() for name, by_size in method.default_depths.items()}
+    decided = {
+        "resolution": store.meta["resolution"],
+        "num_classes": store.num_classes,
+        **{name: by_size.get(size) for name, by_size in depths.items()},  # SiTConfig reports an unknown size
+        "exp_name": config.run_dir.name,
+        "mixed_precision": "bf16" if on_gpu else "no",
+        "compile": on_gpu,
+        "vae": store.meta["vae"],
+    }
+    config = dataclasses.replace(config, **{k: v for k, v in decided.items() if getattr(config, k) is None})
+    if config.mixed_precision == "fp16" and not on_gpu:
+        raise ValueError("--mixed-precision fp16: expected a GPU, found none; use bf16 or no")
+    if config.zero1 and config.mixed_precision == "fp16":
+        raise ValueError("--zero1: expected --mixed-precision bf16 or no with it, found fp16")
+    if config.resolution != store.meta["resolution"]:
+        raise ValueError(
+            f"--resolution: expected {store.meta['resolution']}, which {config.data_dir} was made at, "
+            f"found {config.resolution}; leave the flag out or dump the images again"
+        )
+    if config.num_classes < store.num_classes:
+        raise ValueError(
+            f"--num-classes: expected at least {store.num_classes}, the classes in {config.data_dir}, "
+            f"found {config.num_classes}"
+        )
+    if config.random_flip and not store.has_flips:
+        raise ValueError(f"--random-flip: {config.data_dir} has no mirrored latents; dump it again with --flip")
+    return config
+
+
+def check_data(config: TrainConfig, store: LatentDataset, found: tuple[Path, dict] | None) -> str:
+    """The digest by which a store is known again.
+
+    Raises:
+        ValueError: the store is damaged (looked for with --verify-data), or not the one that the run was trained on.
+    """
+    damaged = store.verify_digests() if config.verify_data else []
+    if damaged:
+        raise ValueError(f"damaged store {config.data_dir}: {', '.join(damaged)} changed since; dump the images again")
+    digest = sha256(Path(config.data_dir) / "meta.json")
+    if found and found[1]["data_digest"] != digest:
+        raise ValueError(
+            f"{config.data_dir} is not the store that {found[0]} was trained on; give that one, or another --exp-name"
+        )
+    return digest
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Devices, processes, precision and trackers, by accelerate."""
+    allow_tf32(config.allow_tf32)
+    # Buffers are constants. (torch 2.6, which we support, does not know the newer name of this argument.)
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),  # else it does not join the processes that torchrun starts on CPUs
+        mixed_precision=config.mixed_precision,
+        # Micro-batches are counted here: an inherited environment variable must not divide the loss once more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.run_dir,
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.timeout))],
+    )
+
+
+def make_loader(
+    config: TrainConfig, store: LatentDataset, accelerator: Accelerator, start: int
+) -> tuple[StepSampler, DataLoader]:
+    """The order of this rank's micro-batches from step `start` on, and their DataLoader."""
+    sampler = StepSampler(
+        len(store),
+        config.batch_size,
+        config.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.gradient_accumulation_steps,
+        start_step=start,
+        flip=config.random_flip,
+    )
+    loader = DataLoader(
+        store,
+        batch_sampler=sampler,
+        collate_fn=_keep_batch,
+        num_workers=config.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=ignore_signals,
+    )
+    return sampler, loader
+
+
+def _keep_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The store gathers a batch at once: nothing is left to collate."""
+    return batch
+
+
+def load_grid_vae(config: TrainConfig, store: LatentDataset, device: torch.device) -> torch.nn.Module:
+    """The decoder of the grids, refused if it is not the VAE that made the store."""
+    vae = load_vae(config.vae, device)
+    if store.meta["vae_digest"] == UNKNOWN_VAE:
+        print(f"{config.data_dir} does not say which VAE made it: taking {config.vae}", flush=True)
+    check_vae(vae, config.vae, store.meta["vae_digest"], f"the store {config.data_dir} ({store.meta['vae']})")
+    return vae
+
+
+def build_sit(config: TrainConfig, store: LatentDataset, source: tuple[SiT, dict] | None) -> tuple[SiT, SiT]:
+    """The SiT and its EMA, equal before the first step: a function of the seed, whatever is aligned, or the weights of
+    `source`, as `load_sit` gives it."""
+    channels, height, width = store.latent_shape
+    if height != width:
+        raise ValueError(f"expected square latents, found {height} x {width} in {config.data_dir}")
+    torch.manual_seed(config.seed)
+    sit = SiT(SiTConfig.from_name(config.model, height, channels, config.num_classes))
+    if source is not None:
+        load_init_weights(config, sit, *source, store.scale)
+    ema = copy.deepcopy(sit).eval().requires_grad_(False)
+    sit.checkpoint_every = config.grad_checkpoint
+    return sit, ema
+
+
+def load_init_weights(config: TrainConfig, sit: SiT, source: SiT, info: dict, scale: LatentScale) -> None:
+    """Put the weights of `--init-from` into a new SiT. Its label table stays new where the classes are others.
+
+    Raises:
+        ValueError: another architecture or path.
+    """
+    found, expected = source.config.to_dict(), sit.config.to_dict()
+    wrong = [
+        f"{name} {found[name]} (this run: {value})"
+        for name, value in expected.items()
+        if found[name] != value and name != "num_classes"
+    ]
+    if info["path_type"] != config.path_type:
+        wrong.append(f"path {info['path_type']} (this run: {config.path_type})")
+    if wrong:
+        raise ValueError(f"--init-from {config.init_from}: expected a model as this run's, found {', '.join(wrong)}")
+    weights = source.state_dict()
+    if found["num_classes"] != expected["num_classes"]:
+        del weights["y_embedder.embedding_table.weight"]
+    sit.load_state_dict(weights, strict=False)
+    if info["scale"] not in (None, scale):
+        warnings.warn(
+            f"--init-from {config.init_from} was trained on latents scaled by {info['scale']}, {config.data_dir} has "
+            f"{scale}",
+            stacklevel=2,
+        )
+
+
+def make_heads(config: TrainConfig, methods: dict[str, AlignmentTerms]) -> dict[str, tuple[int, torch.nn.Module]]:
+    """Depth and head of each term of the loss, by name; its weights depend on the seed and that name alone."""
+    heads = {}
+    for name, terms in methods.items():
+        for term, depth in terms.term_names(name).items():
+            torch.manual_seed(step_generator(config.seed, 0, f"head {term}").initial_seed())
+            heads[term] = (depth, terms.make_head())
+    return heads
+
+
+def initial_weights(
+    accelerator: Accelerator, source: tuple[SiT, dict] | None, found: tuple[Path, dict] | None, config: TrainConfig
+) -> dict[str, Any] | None:
+    """Where the run's first weights came from, for the records; None if they are random."""
+    if source is None:
+        return found[1].get("initial") if found else None
+    initial = {name: source[1][name] for name in ("source", "read_as", "digest")}
+    classes = source[0].config.num_classes
+    table = "" if classes == config.num_classes else f"; a new table of classes, {config.num_classes} for {classes}"
+    accelerator.print(f"starting from {initial['source']} ({initial['read_as']}{table})")
+    return initial
+
+
+def start_records(run: Run, data_digest: str, initial: dict[str, Any] | None) -> None:
+    """Lock the directory, write `config.json`, open log and trackers, and print what is about to be trained."""
+    config, accelerator = run.config, run.accelerator
+    record, run.state = make_records(config, run.store.meta, data_digest, initial, accelerator.num_processes)
+    if accelerator.is_main_process:
+        run.lock = lock_run_dir(config.run_dir)
+        write_atomically(config.run_dir / "config.json", to_json(record))
+        run.log = RunLog(config.run_dir, run.start)
+        warn_of_scale(run)
+        print(describe(run), flush=True)
+    accelerator.init_trackers(
+        config.tracker_project,
+        {name: str(value) for name, value in record["config"].items()},
+        {"wandb": {"name": config.run_dir.name, "dir": str(config.run_dir)}},
+    )
+
+
+def warn_of_scale(run: Run) -> None:
+    """Warn if the std of the scaled latents is far from 1, which the path to standard normal noise supposes."""
+    store = run.store
+    moments = store.__getitems__(list(range(0, len(store), max(1, len(store) // 256))))["moments"]
+    mean, std = moments.chunk(2, dim=1)
+    generator = block_generator(run.config.seed, 0, "scale check")
+    found = run.scale.scale_latent(mean + std * torch.randn(mean.shape, generator=generator)).std().item()
+    if not 0.5 < found < 2:
+        warnings.warn(
+            f"expected scaled latents with a std near 1, found {found:.3g} in {run.config.data_dir}; "
+            f"dump them again with --scale auto",
+            stacklevel=2,
+        )
+
+
+def describe(run: Run) -> str:
+    """What is about to be trained, in a few lines."""
+    config, store, processes = run.config, run.store, run.accelerator.num_processes
+
+    def millions(module: torch.nn.Module) -> str:
+        return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f}M"
+
+    heads = run.accelerator.unwrap_model(run.model).heads
+    micro_batch = config.batch_size // processes // config.gradient_accumulation_steps
+    lines = [
+        f"run      {config.run_dir}",
+        f"data     {config.data_dir}: {len(store):,} images, {store.num_classes} classes, latents {store.latent_shape}",
+        f"model    {config.model} {millions(run.sit)} parameters, path {config.path_type}",
+        f"batch    {config.batch_size} = {processes} processes x {config.gradient_accumulation_steps} micro-batches "
+        f"x {micro_batch}; {len(store) / config.batch_size:.1f} steps an epoch",
+        f"device   {run.accelerator.device}, precision {config.mixed_precision}, "
+        f"{'compiled' if config.compile else 'not compiled'}",
+    ]
+    lines += [
+        f"align    {term}: block {depth}, head {millions(heads[term])} parameters, "
+        f"{terms.alignment.objective}, weight {terms.alignment.weight / len(terms.depths):g}"
+        for name, terms in run.methods.items()
+        for term, depth in terms.term_names(name).items()
+    ]
+    return "\n".join(lines)
