@@ -152,7 +152,7 @@ class VAEREPAPipeline:
         low, high = guidance_interval
         whole = batch_size is None or (batch_size >= BLOCK and batch_size % BLOCK == 0)
         resolution = self.config["resolution"]
-        one_size = f"{resolution}, the one size of this model's images"
+        one_size = f"{resolution}, the one size that this model makes (leave it out, and resize the images)"
         for name, found, holds, expected in (
             ("guidance_scale", guidance_scale, math.isfinite(guidance_scale), "a finite scale (1 is none)"),
             ("guidance_interval", (low, high), 0 <= low <= high <= 1, "times with 0 <= low <= high <= 1"),

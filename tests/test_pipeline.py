@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 import sample_ddp
+import sampling.pipeline
 from analysis import publish
+from runtime.files import Field
 from sampling.pipeline import VAEREPAPipeline, class_numbers
 from tests.stores import make_vae
 from tests.test_publish import NAMES, cache_model, make_checkpoint, pixels
@@ -42,7 +44,7 @@ def pipe(published):
 def test_the_pipeline_says_when_the_hub_does_not_answer(monkeypatch, tmp_path):
     monkeypatch.setattr("sampling.pipeline.hub_is_reachable", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"'name/absent-model' .the hub cannot be reached.*give a folder"):
+    with pytest.raises(ValueError, match=r"'name/absent-model' .the hub cannot be reached.*give a directory"):
         VAEREPAPipeline.from_pretrained("name/absent-model")
 
 
@@ -53,6 +55,7 @@ def test_a_fresh_process_loads_it_by_name_without_the_code_of_training(published
 import sys
 sys.modules["accelerate"] = None
 from pathlib import Path
+from runtime.files import Field
 from sampling.pipeline import VAEREPAPipeline
 pipe = VAEREPAPipeline.from_pretrained("name/small")
 images = pipe([4, "goldfish"], num_inference_steps=2).images
@@ -68,8 +71,8 @@ print(*sorted(str(file) for file in ours if ".venv" not in file.parts))
     command = [sys.executable, "-c", code, str(ROOT)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    allowed = "cli interpolant models/__init__ models/sit models/vae pipeline sample_config samplers seeding".split()
-    assert done.stdout.split() == [f"{name}.py" for name in allowed]
+    rooms = {Path(name).parts[0] for name in done.stdout.split()}
+    assert rooms == {"diffusion", "models", "runtime", "sampling"}
     saved = pixels([Image.open(tmp_path / f"{index}.png") for index in range(2)])
     assert np.array_equal(saved, pixels(pipe([4, 1], num_inference_steps=2).images))
 
@@ -84,10 +87,9 @@ def test_images_are_those_of_sample_ddp(checkpoint, pipe, tmp_path, sampler, ste
     sample_ddp.main(flags.split())
     with np.load(tmp_path / "drawn" / "samples.npz") as archive:
         expected, labels = archive["arr_0"], archive["arr_1"]
-    output = pipe(
-        class_labels=labels, guidance_scale=guidance.get("scale", 1.0), num_inference_steps=steps, sampler=sampler,
-        guidance_interval=(guidance.get("low", 0.0), guidance.get("high", 1.0)), seed=11, batch_size=32,
-    )  # fmt: skip
+    interval = guidance.get("low", 0.0), guidance.get("high", 1.0)
+    settings = {"num_inference_steps": steps, "sampler": sampler, "seed": 11, "batch_size": 32}
+    output = pipe(labels, guidance.get("scale", 1.0), interval, **settings)
     assert len(np.unique(expected.reshape(40, -1), axis=0)) == 40
     assert np.array_equal(pixels(output.images), expected)
 
@@ -165,14 +167,18 @@ def test_classes_that_are_not_known(labels, expected):
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ({"height": 512}, "height: expected 16, the one size that this model makes, found 512"),
+        (
+            {"height": 512},
+            "height: expected 16, the one size that this model makes",
+        ),
         ({"width": 8}, "width: expected 16"),
         ({"sampler": "ddim"}, "sampler: expected one of sde, ode-euler, ode-heun, found ddim"),
         ({"num_inference_steps": 0}, "num_inference_steps: expected at least 1, found 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale: expected a finite scale"),
         ({"guidance_interval": (0.5, 0.4)}, "guidance_interval: expected times"),
         ({"seed": -1}, "seed: expected at least 0"),
-        ({"last_t": 0}, "last_t: expected a time in (0, 1)"),
+        ({"last_step_size": 0}, "last_step_size: expected a size in (0, 1)"),
+        ({"last_t": 0}, "last_step_size: expected a size in (0, 1)"),
         ({"batch_size": 24}, "batch_size: expected a multiple of 16"),
     ],
 )
@@ -196,13 +202,14 @@ def test_a_folder_that_is_no_published_model_is_told_what_to_do(checkpoint, tmp_
     with pytest.raises(ValueError, match="expected a published model"):
         VAEREPAPipeline.from_pretrained(published / "vae")
     for absent in (tmp_path / "absent", "./absent", published / "config.json", "absent"):
-        with pytest.raises(ValueError, match="expected the folder of a published model, or NAME/REPO"):
+        with pytest.raises(ValueError, match="expected the directory of a published model, or NAME/REPO"):
             VAEREPAPipeline.from_pretrained(absent)
     for change, expected in (
         ({"format_version": 2}, "found version 2 .*use the code"),
-        ({"step": None}, "without step"),
+        ({"swirl": 1}, "config.json was written by newer code: it has 'swirl'"),
+        ({"step": None}, "config.json: damaged, it lacks 'step'"),
     ):
-        folder = tmp_path / expected[:8]
+        folder = tmp_path / next(iter(change))
         shutil.copytree(published, folder)
         config = json.loads((folder / "config.json").read_text()) | change
         (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
@@ -227,9 +234,9 @@ def test_a_changed_bit_of_the_weights_is_found(published, tmp_path):
 
 def test_the_vae_must_be_the_models_own(checkpoint, published, tmp_path):
     other = make_vae(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match=r"expected the VAE that .* found another in .*other.*vae=FOLDER"):
+    with pytest.raises(ValueError, match=r"expected the VAE of the model .* found another in .*other.*vae=DIRECTORY"):
         VAEREPAPipeline.from_pretrained(published, vae=other)
-    with pytest.raises(ValueError, match=r"cannot load the VAE .*vae=FOLDER"):
+    with pytest.raises(ValueError, match=r"cannot decode with the VAE .*vae=DIRECTORY"):
         VAEREPAPipeline.from_pretrained(published, vae=tmp_path / "absent")
     same = checkpoint.parents[2] / "vae"
     shutil.copytree(published, tmp_path / "bare")
@@ -246,3 +253,10 @@ def test_a_vae_that_was_not_recorded_is_taken_if_it_fits(tmp_path):
     wide = make_vae(tmp_path / "wide", channels=8)
     with pytest.raises(ValueError, match="latents of 4 channels, found side 16 and 8 channels"):
         VAEREPAPipeline.from_pretrained(folder, vae=wide)
+
+
+def test_a_model_that_lacks_a_new_field_has_its_historic_value(published, monkeypatch):
+    monkeypatch.setitem(sampling.pipeline.FIELDS, "swirl", Field(0.0))
+    pipe = VAEREPAPipeline.from_pretrained(published, device="cpu")
+    assert pipe.config["swirl"] == 0.0
+    assert len(pipe([0], num_inference_steps=1).images) == 1

@@ -30,7 +30,7 @@ from runtime import cli
 from runtime.seeding import block_generator
 from sampling import writer
 from sampling.config import BLOCK, SampleConfig
-from sampling.generator import SampleGenerator, block_noise, draw_labels
+from sampling.generator import SampleGenerator, draw_labels
 from tests.stores import make_vae, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,11 +184,6 @@ def test_another_batch_size_keeps_every_draw_and_changes_rounding_alone(checkpoi
         assert np.array_equal(labels, archive["arr_1"])
     assert difference.max() <= 1
     assert (difference > 0).mean() < 1e-3
-
-    for_large = block_noise(3, 48, 48, (4, 4, 4), "cpu")
-    for_small = [block_noise(3, first, 16, (4, 4, 4), "cpu") for first in (48, 64, 80)]
-    for step in range(3):
-        assert torch.equal(for_large(step), torch.cat([noise(step) for noise in for_small]))
 
 
 def test_a_stopped_run_draws_only_what_is_missing(checkpoint, whole, tmp_path, monkeypatch):
@@ -380,31 +375,6 @@ def test_a_process_that_fails_ends_them_all(tmp_path):
     assert run.returncode != 0
     assert "error [rank 1]: expected finite samples" in errors
     assert not (tmp_path / "out" / "samples.json").exists()
-
-
-def test_balanced_labels_are_rounds_that_are_shuffled_each_for_itself():
-    classes = np.arange(10, 17)
-    labels = draw_labels("balanced", classes, 0, 0, 70)
-    rounds = labels.reshape(10, 7)
-    assert (np.sort(rounds, axis=1) == classes).all()
-    assert len(np.unique(rounds, axis=0)) == 10
-    assert not np.array_equal(labels, draw_labels("balanced", classes, 1, 0, 70))
-    assert (np.bincount(draw_labels("balanced", np.arange(1000), 0, 0, 50_000)) == 50).all()
-
-
-def test_random_labels_are_fair_draws_of_the_classes():
-    labels = draw_labels("random", np.array([2, 5, 9]), 0, 0, 30_000)
-    assert set(labels) == {2, 5, 9}
-    assert np.abs(np.bincount(labels)[[2, 5, 9]] - 10_000).max() < 400  # five deviations
-    assert not np.array_equal(labels[:100], draw_labels("random", np.array([2, 5, 9]), 1, 0, 100))
-
-
-@pytest.mark.parametrize("rule", ["random", "balanced"])
-def test_a_label_depends_on_seed_and_number_alone(rule):
-    classes = np.arange(7)
-    labels = draw_labels(rule, classes, 4, 0, 200)
-    for first, count in ((0, 1), (16, 16), (5, 40), (48, 152), (199, 1), (0, 7)):
-        assert np.array_equal(draw_labels(rule, classes, 4, first, count), labels[first : first + count])
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def order(errors):
 @pytest.mark.parametrize("heun, expected", [(False, 1), (True, 2)])
 def test_ode_converges_to_the_exact_map_with_its_order(path, heun, expected):
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)
-    exact = MEAN + STD * x  # the flow of a Gaussian keeps each point's number of deviations from the mean
+    exact = MEAN + STD * x  # the flow of a Gaussian keeps each point's distance to the mean in units of its std
     velocity = GaussianData(path).velocity
     errors = [(sample_ode(velocity, x, n, heun) - exact).abs().max().item() for n in (64, 128, 256, 512)]
     assert errors[-1] < (1e-2 if not heun else 1e-4)
@@ -72,18 +72,16 @@ def test_ode_evaluations_are_where_the_docstring_says():
     assert times == [1.0, 0.5, 0.5, 0.0]
 
 
-def exact_moments(path, num_steps, last_t):
+def exact_moments(path, num_steps, last_step_size):
     """Mean and variance of the SDE sampler's output on Gaussian data, with no random numbers.
 
     The sampler is then affine in its inputs, x = c + A x_1 + sum_k B_k n_k with independent standard normals x_1 and
     n_k: the mean is c and the variance A^2 + sum B_k^2. One batch of unit inputs gives all coefficients.
     """
-    units = torch.eye(
-        num_steps, num_steps + 1, dtype=torch.float64
-    )  # columns: x_1, each of the num_steps - 1 noises, nothing
-    z = sample_sde(
-        GaussianData(path).velocity, units[0], num_steps, lambda step: units[step + 1], Interpolant(path), last_t
-    )
+    # Columns: x_1, each of the num_steps - 1 noises, nothing.
+    units = torch.eye(num_steps, num_steps + 1, dtype=torch.float64)
+    data, path = GaussianData(path), Interpolant(path)
+    z = sample_sde(data.velocity, units[0], num_steps, lambda step: units[step + 1], path, last_step_size)
     c = z[-1]
     return c.item(), (z[:-1] - c).square().sum().item()
 
@@ -91,7 +89,7 @@ def exact_moments(path, num_steps, last_t):
 @pytest.mark.parametrize("path", PATHS)
 def test_sde_converges_weakly_to_the_data_with_order_one(path):
     """Here the last step shrinks with the others: its own error is of second order in its length."""
-    moments = [exact_moments(path, n, last_t=1 / n) for n in (100, 200, 400, 800)]
+    moments = [exact_moments(path, n, last_step_size=1 / n) for n in (100, 200, 400, 800)]
     mean_errors = [abs(mean - MEAN) for mean, _ in moments]
     variance_errors = [abs(variance - STD**2) for _, variance in moments]
     assert mean_errors[-1] < 5e-3
@@ -103,7 +101,7 @@ def test_sde_converges_weakly_to_the_data_with_order_one(path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_sde_of_the_papers_length_has_the_right_moments(path):
-    mean, variance = exact_moments(path, 250, last_t=0.04)
+    mean, variance = exact_moments(path, 250, last_step_size=0.04)
     assert mean == pytest.approx(MEAN, abs=0.02)
     assert math.sqrt(variance) == pytest.approx(STD, abs=0.02)
 
@@ -120,7 +118,7 @@ def test_sde_equals_a_literal_loop_with_the_known_score(path):
         steps.append(step)
         return noises[step]
 
-    z = sample_sde(data.velocity, x.float(), 10, noise, Interpolant(path), last_t=0.1)
+    z = sample_sde(data.velocity, x.float(), 10, noise, Interpolant(path), last_step_size=0.1)
     assert steps == list(range(9))
     y, times = x.float().double(), torch.linspace(1, 0.1, 10, dtype=torch.float64).tolist()
     for k in range(9):
@@ -132,7 +130,7 @@ def test_sde_equals_a_literal_loop_with_the_known_score(path):
     assert z.dtype == torch.float64
 
 
-def test_sde_takes_as_many_evaluations_as_steps_from_one_to_last_t():
+def test_sde_takes_as_many_evaluations_as_steps_from_one_to_last_step_size():
     for num_steps, expected in ((1, [1.0]), (2, [1.0, 0.04]), (4, [1.0, 0.68, 0.36, 0.04])):
         times = []
 
@@ -145,10 +143,10 @@ def test_sde_takes_as_many_evaluations_as_steps_from_one_to_last_t():
         assert times[0] == 1.0
 
 
-@pytest.mark.parametrize("last_t", [0.0, 1.0, -0.1, math.nan])
-def test_sde_refuses_a_last_step_outside_the_path(last_t):
-    with pytest.raises(ValueError, match=r"--last-t.*found"):
-        sample_sde(lambda x, t: x, torch.ones(1), 2, lambda _: torch.ones(1), Interpolant("linear"), last_t)
+@pytest.mark.parametrize("last_step_size", [0.0, 1.0, -0.1, math.nan])
+def test_sde_refuses_a_last_step_outside_the_path(last_step_size):
+    with pytest.raises(ValueError, match=r"--last-step-size.*found"):
+        sample_sde(lambda x, t: x, torch.ones(1), 2, lambda _: torch.ones(1), Interpolant("linear"), last_step_size)
 
 
 @pytest.mark.parametrize("num_steps", [0, -1])

@@ -1,0 +1,100 @@
+"""The sample generator: latents are those of the solver by name, noise and labels are those of the image's number."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion.guidance import guided_velocity
+from diffusion.interpolant import Interpolant
+from diffusion.samplers import sample_ode, sample_sde
+from models.sit import SiT, SiTConfig
+from models.vae import LatentScale, decode_images, load_vae
+from sampling.config import BLOCK, SAMPLERS
+from sampling.generator import block_noise, decode_latents, draw_labels, sample_latents
+from tests.stores import make_vae
+
+K, SCALE, PATH = 5, LatentScale((0.9,), (0.1,)), Interpolant("linear")
+
+
+@pytest.fixture(scope="module")
+def sit():
+    """None of its weights is zero."""
+    torch.manual_seed(0)
+    sit = SiT(SiTConfig(2, 32, 2, patch_size=2, latent_size=4, in_channels=4, num_classes=K))
+    for parameter in sit.eval().requires_grad_(False).parameters():
+        parameter.normal_(std=0.15)
+    return sit
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return load_vae(str(make_vae(tmp_path_factory.mktemp("made") / "vae")))
+
+
+def noise():
+    return block_noise(0, 0, BLOCK, (4, 4, 4), "cpu")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_latents_are_those_of_the_named_solver(sit, sampler):
+    y = torch.arange(BLOCK) % K
+    z = sample_latents(sit, y, noise(), sampler, 3, PATH, 2.5, (0.1, 0.9), 0.1)
+    velocity, draw = guided_velocity(sit, y, K, 2.5, (0.1, 0.9)), noise()
+    if sampler == "sde":
+        expected = sample_sde(velocity, draw(), 3, draw, PATH, 0.1)
+    else:
+        expected = sample_ode(velocity, draw(), 3, heun=sampler == "ode-heun")
+    assert torch.equal(z, expected)
+    assert z.dtype == torch.float64
+    assert not torch.equal(z, sample_latents(sit, y, noise(), sampler, 3, PATH, 2.5, (0.1, 0.9), 0.1, torch.bfloat16))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "SDE", "", "ode-rk4"])
+def test_an_unknown_sampler_is_refused(sit, sampler):
+    with pytest.raises(ValueError, match=f"expected a sampler among sde, ode-euler, ode-heun .*found '{sampler}'"):
+        sample_latents(sit, torch.zeros(BLOCK, dtype=torch.int64), noise(), sampler, 3, PATH)
+
+
+def test_images_are_decoded_in_whole_blocks(vae):
+    z = torch.randn(40, 4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images, finite = decode_latents(vae, z, SCALE)
+    assert (images.shape, images.dtype, finite.tolist()) == ((40, 16, 16, 3), torch.uint8, [True] * 40)
+    blocks = (z[:16], z[16:32], torch.cat([z[32:], z[-1:].expand(8, -1, -1, -1)]))
+    expected = torch.cat([decode_images(vae, block.float(), SCALE) for block in blocks])[:40]
+    assert torch.equal(images, expected)
+    z[17, 0, 0, 0] = torch.nan
+    images, finite = decode_latents(vae, z, SCALE)
+    assert (~finite).nonzero().flatten().tolist() == [17]
+    assert torch.equal(images[finite], expected[finite])
+
+
+def test_noise_depends_on_the_images_number_alone():
+    for_large = block_noise(3, 48, 48, (4, 4, 4), "cpu")
+    for_small = [block_noise(3, first, 16, (4, 4, 4), "cpu") for first in (48, 64, 80)]
+    for step in range(3):
+        assert torch.equal(for_large(step), torch.cat([noise(step) for noise in for_small]))
+
+
+def test_balanced_labels_are_rounds_that_are_shuffled_each_for_itself():
+    classes = np.arange(10, 17)
+    labels = draw_labels("balanced", classes, 0, 0, 70)
+    rounds = labels.reshape(10, 7)
+    assert (np.sort(rounds, axis=1) == classes).all()
+    assert len(np.unique(rounds, axis=0)) == 10
+    assert not np.array_equal(labels, draw_labels("balanced", classes, 1, 0, 70))
+    assert (np.bincount(draw_labels("balanced", np.arange(1000), 0, 0, 50_000)) == 50).all()
+
+
+def test_random_labels_are_fair_draws_of_the_classes():
+    labels = draw_labels("random", np.array([2, 5, 9]), 0, 0, 30_000)
+    assert set(labels) == {2, 5, 9}
+    assert np.abs(np.bincount(labels)[[2, 5, 9]] - 10_000).max() < 400  # five standard deviations
+    assert not np.array_equal(labels[:100], draw_labels("random", np.array([2, 5, 9]), 1, 0, 100))
+
+
+@pytest.mark.parametrize("rule", ["random", "balanced"])
+def test_a_label_depends_on_seed_and_number_alone(rule):
+    classes = np.arange(7)
+    labels = draw_labels(rule, classes, 4, 0, 200)
+    for first, count in ((0, 1), (16, 16), (5, 40), (48, 152), (199, 1), (0, 7)):
+        assert np.array_equal(draw_labels(rule, classes, 4, first, count), labels[first : first + count])
