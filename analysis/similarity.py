@@ -55,7 +55,7 @@ class Moments:
     """Means and centred sums of products of pairs (x, y), gathered batch by batch: all that probe and CKA need.
 
     Memory does not grow with the tokens. Batches are joined by the update of Chan, Golub and LeVeque (1979), which does
-    not lose digits where a mean is large beside its deviation, as in the tokens of a transformer.
+    not lose digits where a mean is large beside its std, as in the tokens of a transformer.
     """
 
     count: int
@@ -104,7 +104,7 @@ class Moments:
 
 
 def fit_probe(moments: Moments, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:  # -> (D, d), (d,)
-    """Weights W and bias b of the ridge regression y = x W + b, on inputs divided by their deviations s.
+    """Weights W and bias b of the ridge regression y = x W + b, on inputs divided by their stds s.
 
         W = s^-1 (R + ridge I)^-1 r,   R the correlations of x, r the covariances of x / s and y
 

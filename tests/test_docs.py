@@ -24,7 +24,7 @@ PROGRAMS = {
     "preprocessing/import_latents.py": ("preprocessing.import_latents", "ImportConfig"),
     "evaluations.evaluate": ("evaluations.evaluate", "EvaluateConfig"),
     "analysis.sweep": ("analysis.sweep", "SweepConfig"), "analysis.doctor": ("analysis.doctor", "DoctorConfig"),
-    "analysis.cost": ("analysis.cost", "CostConfig"), "analysis.probe": ("analysis.probe", "FeaturesConfig"),
+    "analysis.cost": ("analysis.cost", "CostConfig"), "analysis.probe": ("analysis.probe", "ProbeConfig"),
     "analysis.report": ("analysis.report", "ReportConfig"), "analysis.compare": ("analysis.compare", "CompareConfig"),
     "analysis.publish": ("analysis.publish", "PublishConfig"),
 }  # fmt: skip
