@@ -167,10 +167,7 @@ def test_classes_that_are_not_known(labels, expected):
 @pytest.mark.parametrize(
     "options, expected",
     [
-        (
-            {"height": 512},
-            "height: expected 16, the one size that this model makes",
-        ),
+        ({"height": 512}, "height: expected 16, the one size that this model makes"),
         ({"width": 8}, "width: expected 16"),
         ({"sampler": "ddim"}, "sampler: expected one of sde, ode-euler, ode-heun, found ddim"),
         ({"num_inference_steps": 0}, "num_inference_steps: expected at least 1, found 0"),
