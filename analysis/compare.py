@@ -19,6 +19,7 @@ from pathlib import Path
 
 from runtime import cli
 from runtime.cli import REQUIRED, check, flag
+from sampling.config import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,7 @@ class CompareConfig:
     )
     seed: int = flag(0, "seed of the noise", group="images")
     sampler: str = flag(
-        "ode-euler",
-        "solver: ODE by Euler or Heun, SDE by Euler-Maruyama",
-        choices=("ode-euler", "ode-heun", "sde"),
-        group="images",
+        "ode-euler", "solver: ODE by Euler or Heun, SDE by Euler-Maruyama", choices=SAMPLERS, group="images"
     )
     num_steps: int = flag(50, "steps of the solver; 250 with sde for the paper's", group="images")
     guidance_scale: float = flag(4.0, "v_null + scale (v_class - v_null): 1 is no guidance", group="images")
@@ -98,7 +96,7 @@ def check_alike(runs: list[Run]) -> None:
     for run in runs:
         if not run.checkpoints:
             continue
-        sit = read_json(run.folder / "checkpoints" / f"{run.checkpoints[-1]:07d}" / "config.json")
+        sit = read_json(run.directory / "checkpoints" / f"{run.checkpoints[-1]:07d}" / "config.json")
         own = {
             "resolution": run.state.get("resolution"),
             "number of classes": sit.get("num_classes"),
@@ -152,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         choose_steps(runs, config.steps)  # refused before anything is written
 
     directory = Path(config.output_dir)
-    record = {"runs": {run.name: str(run.folder) for run in runs}, **compared, "images": None}
+    record = {"runs": {run.name: str(run.directory) for run in runs}, **compared, "images": None}
     figures = {"curves.png": draw_curves(compared, [run.name for run in runs])}
     if config.images:
         figures["compare.png"], record["images"] = draw_all(config, runs)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from reporting.runs import Run, direction, format_recipe, hours, preferred
+from reporting.runs import Run, direction, hours, preferred
 from reporting.values import evenly, finite, markdown_table
 
 MAX_POINTS = 2000  # of a curve of the log in compare.json
@@ -77,7 +77,7 @@ def choose_metric_curves(runs: list[Run], wanted: str | None) -> MetricCurves | 
         name: sorted((step, sum(values) / len(values)) for step, values in by_step.items())
         for name, by_step in groups[best].items()
     }
-    return MetricCurves(metric, f"{format_recipe(recipe)}, against {reference}", curves)
+    return MetricCurves(metric, ", ".join([*filter(None, recipe), f"against {reference}"]), curves)
 
 
 def smoothed(rows: list[dict[str, float]], column: str, window: float) -> Curve:
@@ -167,7 +167,7 @@ def compare_curves(runs: list[Run], wanted: str | None) -> dict[str, Any]:
         notes.append(f"{why}: by the velocity loss, averaged over the last {window:,.0f} steps")
         quantity, sign, curves = "velocity loss", -1, {name: curve for name, curve in losses.items() if curve}
     if not curves.get(baseline):
-        raise ValueError(f"expected metrics or a log of the baseline, found neither in {runs[0].folder}")
+        raise ValueError(f"expected metrics or a log of the baseline, found neither in {runs[0].directory}")
 
     place, target = best_point(curves[baseline], sign)
     over_hours = {name: at_hours(curve, axes[name]) for name, curve in curves.items()}

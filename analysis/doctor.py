@@ -1,4 +1,4 @@
-"""Look through a latent store, a run's folder or a folder of samples, and say what is wrong with it and what to do.
+"""Check a latent store, a run or a set of samples: say what is wrong with it, and what to do.
 
     python -m analysis.doctor data/imagenet256
     python -m analysis.doctor exps/b2
@@ -20,190 +20,179 @@ from pathlib import Path
 from runtime import cli
 from runtime.cli import REQUIRED, flag
 
-SAMPLED = 2048  # latents of which the scaled deviation is taken
-
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """What to look through."""
+    """What to check."""
 
-    path: str = flag(REQUIRED, "latent store, folder of a run, or folder of samples", group="what to look at")
+    path: str = flag(REQUIRED, "a latent store, a run, or a set of samples", group="what to check", positional=True)
+
+
+if __name__ == "__main__":
+    cli.parse(DoctorConfig, None, __doc__)  # answers --help and refuses wrong flags before torch is imported
+
+import numpy as np
+import torch
+
+from dataset import LatentDataset
+from models.load import checkpoints, load_sit
+from runtime.files import sha256
+from training.checkpoint import verify_checkpoint
+
+SAMPLED = 2048  # latents of which the std is taken
 
 
 @dataclass
 class Finding:
-    """One thing that was looked at: all is well if `remedy` is empty."""
+    """One thing that was checked: all is well if `remedy` is empty."""
 
-    what: str
+    text: str
     remedy: str = ""
 
 
+def choose(well: bool, text: str, wrong: str, remedy: str) -> Finding:
+    return Finding(text) if well else Finding(wrong, remedy)
+
+
 def examine(path: str | Path) -> Iterator[Finding]:
-    """All findings about a store or a run, as they are made.
+    """All findings about a store, a run or a set of samples, as they are made.
 
     Raises:
-        ValueError: the path is neither.
+        ValueError: the path is none of these.
     """
-    folder = Path(path)
-    if (folder / "meta.json").is_file() or (folder / "partial").is_dir():
-        return examine_store(folder)
-    if (folder / "checkpoints").is_dir() or (folder / "log.jsonl").is_file() or (folder / "config.json").is_file():
-        return examine_run(folder)
-    if (folder / "samples.json").is_file():
-        return examine_samples(folder)
+    directory = Path(path)
+    if (directory / "meta.json").is_file() or (directory / "partial").is_dir():
+        return examine_store(directory)
+    if any((directory / name).exists() for name in ("checkpoints", "log.jsonl", "config.json")):
+        return examine_run(directory)
+    if (directory / "samples.json").is_file():
+        return examine_samples(directory)
     raise ValueError(
-        f"expected a latent store (meta.json), a run (config.json) or samples (samples.json), found none in {folder}"
+        f"expected a latent store (meta.json), a run (config.json) or samples (samples.json), found none in {directory}"
     )
 
 
-def examine_store(folder: Path) -> Iterator[Finding]:
-    """Format, sizes, counts, labels, digests, and the deviation of the scaled latents."""
-    import numpy as np
-    import torch
-
-    from dataset import LatentDataset
-
+def examine_store(directory: Path) -> Iterator[Finding]:
+    """Format, sizes, counts, labels, digests, and the std of the scaled latents."""
     try:
-        store = LatentDataset(folder)
+        store = LatentDataset(directory)
     except ValueError as error:
         yield Finding(str(error), "finish or repeat the dump with the same command")
         return
     yield Finding(f"{len(store):,} images of {store.num_classes} classes, latents {store.latent_shape}; sizes agree")
+
     damaged = store.verify_digests()
-    yield Finding(
-        f"digests: {', '.join(damaged)} changed since they were written"
-        if damaged
-        else "digests: all files as written",
-        "dump the images again" if damaged else "",
-    )
+    changed = f"digests: {', '.join(damaged)} changed since they were written"
+    yield choose(not damaged, "digests: all files as written", changed, "dump the images again")
+
+    # Latents at even distances.
     rows = np.unique(np.linspace(0, len(store) - 1, SAMPLED).round().astype(int))
     mean, std = store.__getitems__(rows)["moments"].chunk(2, dim=1)
     z = store.scale.scale_latent(mean + std * torch.randn(std.shape, generator=torch.Generator().manual_seed(0)))
-    deviation = z.std().item()
-    usual = 0.5 < deviation < 2  # false for NaN, too
-    yield Finding(
-        f"scaled latents have a deviation of {deviation:.4f}",
-        "" if usual else "dump the images again with --scale auto",
+    text = f"scaled latents have a std of {z.std():.4f}"
+    yield choose(0.5 < z.std() < 2, text, text, "dump the images again with --scale auto")  # false for NaN, too
+    yield choose(
+        not (std < 0).any(),
+        "stds of the posterior are not negative",
+        "stds of the posterior below 0",
+        "these are no stds (log-variances?): dump the images again",
     )
-    negative = (std < 0).any().item()
-    yield Finding(
-        "deviations of the posterior below 0" if negative else "deviations of the posterior are not negative",
-        "these are no deviations (log-variances?): dump the images again" if negative else "",
-    )
+
     empty = sorted(set(range(store.num_classes)) - set(np.unique(store.labels).tolist()))
     if empty:
         yield Finding(
             f"{len(empty)} classes without an image, the first of them {store.class_names[empty[0]]!r}",
             "look at the source; a model can be trained, but not on those classes",
         )
-    if store.meta["skipped"]:
-        first = store.meta["skipped"][0]
-        yield Finding(
-            f"{len(store.meta['skipped'])} files were left out, the first of them {first['path']} ({first['reason']})",
-            "mend them and dump again, or leave it at that",
-        )
+    skipped = store.meta["skipped"]
+    if skipped:
+        first = f"{skipped[0]['path']} ({skipped[0]['reason']})"
+        text = f"{len(skipped)} files were left out, the first of them {first}"
+        yield Finding(text, "mend them and dump again, or leave it at that")
 
 
-def examine_run(folder: Path) -> Iterator[Finding]:
+def examine_run(directory: Path) -> Iterator[Finding]:
     """Each checkpoint's files and config, what a stopped process left, and the log."""
-    from models import load
-    from training import checkpoint
-
-    found = load.checkpoints(folder)
-    whole = []
-    for path in found:
+    valid = []
+    for path in checkpoints(directory):
         try:
-            checkpoint.verify_checkpoint(path)
-            _, info = load.load_sit(path)
+            verify_checkpoint(path)
+            _, info = load_sit(path)
         except ValueError as error:
-            yield Finding(str(error), f"delete {path}; the run goes on from the newest whole one")
+            yield Finding(str(error), f"delete {path}; the run resumes from the latest valid one")
             continue
-        whole.append(path)
+        valid.append(path)
         yield Finding(f"{path.name}: digests agree, its model loads (step {info['step']}, path {info['path_type']})")
-    if not whole:
-        yield Finding(
-            f"no whole checkpoint among {len(found)}", "the run begins anew; look for a copy if it was to go on"
-        )
-    for path in sorted((folder / "checkpoints").glob(".*.partial")):
-        yield Finding(f"{path} was left by a process that ended while writing", "nothing: the next one takes it away")
-    yield from examine_log(folder, int(whole[-1].name) if whole else 0)
+    if not valid:
+        yield Finding("no valid checkpoint", "the run begins anew; look for a copy if it was to resume")
+    for path in sorted((directory / "checkpoints").glob(".*.partial")):
+        yield Finding(f"{path} was left by a process that ended while writing", "nothing: the next one removes it")
+    yield from examine_log(directory, int(valid[-1].name) if valid else 0)
 
 
-def examine_samples(folder: Path) -> Iterator[Finding]:
+def examine_samples(directory: Path) -> Iterator[Finding]:
     """The record, and the digest of samples.npz."""
-    from runtime.files import sha256
-
     try:
-        record = json.loads((folder / "samples.json").read_text())
+        record = json.loads((directory / "samples.json").read_text())
         count, digest = record["settings"]["num_samples"], record.get("npz_sha256")
     except (ValueError, KeyError, TypeError, AttributeError):
-        yield Finding("samples.json is damaged", "draw the samples again into another folder")
+        yield Finding("samples.json is damaged", "draw the samples again into another directory")
         return
     if digest is None:
         yield Finding(f"{count:,} images, no samples.npz recorded")
         return
-    file = folder / "samples.npz"
-    good = file.is_file() and sha256(file) == digest
-    yield Finding(
-        f"{count:,} images, samples.npz as written"
-        if good
-        else "samples.npz is missing or changed since it was written",
-        "" if good else "delete the folder and draw the samples again: the same command gives the same bytes",
+    file = directory / "samples.npz"
+    yield choose(
+        file.is_file() and sha256(file) == digest,
+        f"{count:,} images, samples.npz as written",
+        "samples.npz is missing or changed since it was written",
+        "delete the directory and draw the samples again: the same command gives the same bytes",
     )
 
 
-def examine_log(folder: Path, newest: int) -> Iterator[Finding]:
-    """Gaps, repetitions and numbers that are not finite."""
-    file = folder / "log.jsonl"
+def examine_log(directory: Path, newest: int) -> Iterator[Finding]:
+    """Gaps, repetitions and numbers that are not finite. `newest` is the step of the newest checkpoint."""
+    file = directory / "log.jsonl"
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    rows, broken = [], 0
+    rows = []
     for line in lines:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            broken += 1
+            continue
+    broken = len(lines) - len(rows)
     if broken:
-        yield Finding(
-            f"log.jsonl: {broken} of {len(lines)} lines are no JSON", "the run takes them away when it goes on"
-        )
+        yield Finding(f"log.jsonl: {broken} of {len(lines)} lines are no JSON", "the run removes them when it resumes")
     if not rows:
         yield Finding("log.jsonl: no rows", "" if newest == 0 else "the log was lost; the checkpoints were not")
         return
+
     steps = [row["step"] for row in rows]
     if steps != sorted(set(steps)):
-        yield Finding("log.jsonl: steps are not in order", "the run takes the repetitions away when it goes on")
+        yield Finding("log.jsonl: steps are not in order", "the run removes the repetitions when it resumes")
     distances = [b - a for a, b in itertools.pairwise(steps)]
-    usual = max(set(distances), key=distances.count) if distances else 0
-    gaps = [(a, a + distance) for a, distance in zip(steps, distances, strict=False) if distance > 1.5 * usual]
+    usual = max(set(distances), key=distances.count, default=0)
+    gaps = [(a, b) for a, b in itertools.pairwise(steps) if b - a > 1.5 * usual]
     if gaps:
-        yield Finding(
-            f"log.jsonl: {len(gaps)} gaps, the first between steps {gaps[0][0]} and {gaps[0][1]}",
-            "rows were lost, or --log-every was changed; the weights do not depend on it",
-        )
+        text = f"log.jsonl: {len(gaps)} gaps, the first between steps {gaps[0][0]} and {gaps[0][1]}"
+        yield Finding(text, "rows were lost, or --log-every was changed; the weights do not depend on it")
     bad = [row["step"] for row in rows if not all(math.isfinite(v) for v in row.values() if isinstance(v, float))]
     if bad:
-        yield Finding(
-            f"log.jsonl: numbers that are not finite in {len(bad)} rows, the first at step {bad[0]}",
-            "the steps were not applied; if there are more, lower --learning-rate or --max-grad-norm",
-        )
+        text = f"log.jsonl: numbers that are not finite in {len(bad)} rows, the first at step {bad[0]}"
+        yield Finding(text, "the steps were not applied; if there are more, lower --learning-rate or --max-grad-norm")
     if steps[-1] < newest:
-        yield Finding(f"log.jsonl ends at step {steps[-1]}, before checkpoint {newest}", "rows were lost; go on")
+        yield Finding(f"log.jsonl ends at step {steps[-1]}, before checkpoint {newest}", "rows were lost; resume")
     if not (broken or gaps or bad):
         yield Finding(f"log.jsonl: {len(rows)} rows up to step {steps[-1]}, none missing, all finite")
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and not argv[0].startswith("-"):  # the path, by itself
-        argv = ["--path", *argv]
-    config = cli.parse(DoctorConfig, argv, __doc__.splitlines()[0])
+    config = cli.parse(DoctorConfig, argv, __doc__)
     problems = 0
     for finding in examine(config.path):
         problems += bool(finding.remedy)
-        print(
-            f"look  {finding.what}\n      -> {finding.remedy}" if finding.remedy else f"ok    {finding.what}",
-            flush=True,
-        )
+        text = f"look  {finding.text}\n      -> {finding.remedy}" if finding.remedy else f"ok    {finding.text}"
+        print(text, flush=True)
     print(f"{problems} things to look at" if problems else "all is well")
     sys.exit(1 if problems else 0)
 

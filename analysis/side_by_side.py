@@ -116,7 +116,7 @@ def draw_all(config: CompareConfig, runs: list[Run]) -> tuple[Figure, dict[str, 
     allow_tf32(False)
     vae, rows, texts, digests = None, [], [], {}
     for step, run in itertools.product(steps, runs):
-        sit, info = load_sit(run.folder / "checkpoints" / f"{step:07d}")
+        sit, info = load_sit(run.directory / "checkpoints" / f"{step:07d}")
         if vae is None:
             labels = choose_classes(config.classes, sit.config.num_classes)
             name = config.vae or info["vae"]

@@ -2,8 +2,8 @@
 
     python -m analysis.sweep --data-dir data/imagenet256 --reference VIRTUAL_imagenet256_labeled.npz --processes 8
 
-Each row and seed is a run of its own, `<output-dir>/<row>-seed<seed>`: train.py, then sample_ddp.py with --evaluate. A
-stopped sweep goes on by the same command; what is finished is not run again. The table is written anew after each run.
+Each row and seed is a run of its own, `<output-dir>/<row>-seed<seed>`: train.py, then sample_ddp.py with --evaluate.
+The same command resumes a stopped sweep; what is finished is not run again. The table is written anew after each run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from reporting.values import markdown_table
 from runtime import cli
-from runtime.cli import REQUIRED, flag
+from runtime.cli import REQUIRED, check, flag
+from runtime.files import to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER_METRICS = ("fid", "sfid", "is", "precision", "recall")  # the order of `paper` in a table
@@ -33,22 +37,17 @@ class SweepConfig:
     data_dir: str = flag(REQUIRED, "latent store that every run is trained on", group="what to run")
     reference: str = flag(REQUIRED, "what sample_ddp.py --evaluate takes", group="what to run")
     table: str = flag("analysis/ablations.yaml", "YAML with the rows", group="what to run")
-    rows: tuple[str, ...] | None = flag(
-        None, "rows to run, by name; all unless set", group="what to run", metavar="ROW"
-    )
+    rows: tuple[str, ...] | None = flag(None, "rows to run, by name (default: all)", group="what to run", metavar="ROW")
     seeds: tuple[int, ...] = flag((0,), "seeds of training, one run each", group="what to run", metavar="SEED")
     train: str = flag("", "more flags of train.py for every run, in one string", group="what to run")
     sample: str = flag("", "more flags of sample_ddp.py for every run, in one string", group="what to run")
-    output_dir: str = flag("exps/ablations", "folder of the runs, table.csv and table.md", group="how to run")
+    output_dir: str = flag("exps/ablations", "directory of the runs, table.csv and table.md", group="how to run")
     processes: int = flag(1, "processes (GPUs) of each run", group="how to run")
 
     def __post_init__(self):
-        if self.processes < 1:
-            raise ValueError(f"--processes: expected at least 1, found {self.processes}")
-        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(
-                f"--seeds: expected different numbers from 0 on, found {' '.join(map(str, self.seeds))}"
-            )  # fmt: skip
+        check(self, "processes", self.processes >= 1, "at least 1")
+        different = len(set(self.seeds)) == len(self.seeds) and min(self.seeds) >= 0
+        check(self, "seeds", different, "different numbers from 0 on")
 
 
 def read_table(path: str | Path) -> dict[str, Any]:
@@ -57,28 +56,17 @@ def read_table(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read, or has another form.
     """
-    import yaml
-
     try:
         table = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"--table: expected a YAML file, found {path} ({' '.join(str(error).split())[:200]})"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"--table: expected a YAML file, found {path} ({reason})") from error
     rows = table.get("rows") if isinstance(table, dict) else None
-    if (
-        not isinstance(rows, dict)
-        or not rows
-        or not all(isinstance(row, dict) and "flags" in row for row in rows.values())
-    ):
-        raise ValueError(
-            f"--table: expected `rows:` with lines `name: {{flags: {{...}}}}`, found another form in {path}"
-        )
+    if not (rows and isinstance(rows, dict) and all(isinstance(r, dict) and "flags" in r for r in rows.values())):
+        raise ValueError(f"--table: expected `rows:` of `name: {{flags: {{...}}}}`, found another form in {path}")
     for name, row in rows.items():
         if len(row.get("paper", PAPER_METRICS)) != len(PAPER_METRICS):
-            raise ValueError(
-                f"--table: expected {len(PAPER_METRICS)} numbers in `paper` of {name}, found {row['paper']}"
-            )
+            raise ValueError(f"--table: expected 5 numbers in `paper` of {name}, found {row['paper']}")
     return {"train": {}, "sample": {}} | table
 
 
@@ -86,31 +74,27 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     """Settings as a command line."""
     flags = []
     for name, value in settings.items():
-        values = value if isinstance(value, list) else [value]
-        flags += [f"--{name}", *map(str, values)]
+        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
 
 
 def train_command(config: SweepConfig, table: dict[str, Any], row: str, seed: int) -> list[str]:
     """Training of one row with one seed; a later flag wins over an earlier one."""
-    return [
-        *_launch(config), str(ROOT / "train.py"), *as_flags(table["train"]), *shlex.split(config.train),
-        *as_flags(table["rows"][row]["flags"]), "--data-dir", config.data_dir,
-        "--output-dir", config.output_dir, "--exp-name", f"{row}-seed{seed}", "--seed", str(seed),
-    ]  # fmt: skip
+    flags = [*as_flags(table["train"]), *shlex.split(config.train), *as_flags(table["rows"][row]["flags"])]
+    own = {"data-dir": config.data_dir, "output-dir": config.output_dir, "exp-name": f"{row}-seed{seed}", "seed": seed}
+    return [*launch(config, "train.py"), *flags, *as_flags(own)]
 
 
 def sample_command(config: SweepConfig, table: dict[str, Any], checkpoint: Path, output: Path) -> list[str]:
     """Samples of a checkpoint, measured as they are drawn."""
-    return [
-        *_launch(config), str(ROOT / "sample_ddp.py"), *as_flags(table["sample"]), *shlex.split(config.sample),
-        "--checkpoint", str(checkpoint), "--output-dir", str(output), "--evaluate", config.reference, "--no-npz",
-    ]  # fmt: skip
+    flags = [*as_flags(table["sample"]), *shlex.split(config.sample)]
+    own = {"checkpoint": checkpoint, "output-dir": output, "evaluate": config.reference}
+    return [*launch(config, "sample_ddp.py"), *flags, *as_flags(own), "--no-npz"]
 
 
-def _launch(config: SweepConfig) -> list[str]:
+def launch(config: SweepConfig, program: str) -> list[str]:
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.processes}"]
-    return [sys.executable, *(several if config.processes > 1 else [])]
+    return [sys.executable, *(several if config.processes > 1 else []), str(ROOT / program)]
 
 
 def run_one(config: SweepConfig, table: dict[str, Any], row: str, seed: int) -> None:
@@ -119,21 +103,21 @@ def run_one(config: SweepConfig, table: dict[str, Any], row: str, seed: int) -> 
     Raises:
         ValueError: one of them failed.
     """
-    folder = Path(config.output_dir) / f"{row}-seed{seed}"
-    record = folder / "sweep.json"
+    directory = Path(config.output_dir) / f"{row}-seed{seed}"
+    record = directory / "sweep.json"
     train = train_command(config, table, row, seed)
-    settings = {"train": train, "sample": sample_command(config, table, folder, folder)}
+    settings = {"train": train, "sample": sample_command(config, table, directory, directory)}
     if record.is_file() and json.loads(record.read_text())["settings"] == settings:
         return
     record.unlink(missing_ok=True)
-    _run(f"{row}, seed {seed}: training", train)
-    newest = max((folder / "checkpoints").iterdir(), key=lambda path: path.name)
-    output = folder / f"evaluation-{newest.name}"
-    _run(f"{row}, seed {seed}: sampling", sample_command(config, table, newest, output))
-    record.write_text(json.dumps({"settings": settings, "metrics": str(output / "metrics.json")}, indent=1) + "\n")
+    run_command(f"{row}, seed {seed}: training", train)
+    newest = max((directory / "checkpoints").iterdir(), key=lambda path: path.name)
+    output = directory / f"evaluation-{newest.name}"
+    run_command(f"{row}, seed {seed}: sampling", sample_command(config, table, newest, output))
+    record.write_text(to_json({"settings": settings, "metrics": str(output / "metrics.json")}))
 
 
-def _run(title: str, command: list[str]) -> None:
+def run_command(title: str, command: list[str]) -> None:
     print(f"=== {title}\n{shlex.join(command)}", flush=True)
     code = subprocess.run(command).returncode
     if code:
@@ -144,74 +128,72 @@ def _run(title: str, command: list[str]) -> None:
 
 
 def results(config: SweepConfig, table: dict[str, Any]) -> list[dict[str, Any]]:
-    """A line per row with a finished run: mean and deviation of each metric over its seeds, and the paper's values."""
+    """A line per row with a finished run: mean and std of each metric over its seeds, and the paper's values."""
     lines = []
     for row in config.rows or table["rows"]:
+        # Each metric of each finished seed.
         measured: dict[str, list[float]] = {}
         steps = set()
         for seed in config.seeds:
             record = Path(config.output_dir) / f"{row}-seed{seed}" / "sweep.json"
-            if not record.is_file():
-                continue
-            metrics = json.loads(Path(json.loads(record.read_text())["metrics"]).read_text())
-            steps.add(metrics["sampling"]["settings"]["step"])
-            for name, value in metrics["metrics"].items():
-                measured.setdefault(name, []).append(value)
+            if record.is_file():
+                metrics = json.loads(Path(json.loads(record.read_text())["metrics"]).read_text())
+                steps.add(metrics["sampling"]["settings"]["step"])
+                for name, value in metrics["metrics"].items():
+                    measured.setdefault(name, []).append(value)
         if not measured:
             continue
-        line = {"row": row, "flags": shlex.join(as_flags(table["rows"][row]["flags"])),
-                "steps": "/".join(map(str, sorted(steps))), "seeds": len(next(iter(measured.values())))}  # fmt: skip
+
+        line = {"row": row, "flags": shlex.join(as_flags(table["rows"][row]["flags"]))}
+        line |= {"steps": "/".join(map(str, sorted(steps))), "seeds": max(map(len, measured.values()))}
         for name, values in measured.items():
             line[name] = statistics.fmean(values)
-            line[f"{name} deviation"] = statistics.stdev(values) if len(values) > 1 else math.nan
-        paper = dict(zip(PAPER_METRICS, table["rows"][row].get("paper", ()), strict=False))
-        lines.append(line | {f"{name} (paper)": value for name, value in paper.items()})
+            line[f"{name} std"] = statistics.stdev(values) if len(values) > 1 else math.nan
+        paper = zip(PAPER_METRICS, table["rows"][row].get("paper", ()), strict=False)
+        lines.append(line | {f"{name} (paper)": value for name, value in paper})
     return lines
 
 
-def write_table(lines: list[dict[str, Any]], folder: Path) -> None:
+def write_table(lines: list[dict[str, Any]], directory: Path) -> None:
     """`table.csv` with every number, and `table.md` to read."""
     columns = list(dict.fromkeys(name for line in lines for name in line))
-    with open(folder / "table.csv", "w", newline="") as file:
+    with open(directory / "table.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
-        writer.writerows(
-            {name: "" if value != value else value for name, value in line.items()} for line in lines
-        )  # fmt: skip
-    shown = [name for name in columns if not name.endswith(" deviation")]
-    text = [shown, ["---"] * len(shown)]
-    for line in lines:
-        cells = []
-        for name in shown:
-            value, deviation = line.get(name, ""), line.get(f"{name} deviation", math.nan)
-            cell = f"{value:.4g}" if isinstance(value, float) else str(value)
-            cells.append(cell if deviation != deviation else f"{cell} ± {deviation:.2g}")
-        text.append(cells)
-    body = "\n".join("| " + " | ".join(cells) + " |" for cells in text)
+        for line in lines:
+            writer.writerow({name: "" if value != value else value for name, value in line.items()})  # no NaN
+
+    def cell(line: dict[str, Any], name: str) -> str:
+        value, std = line.get(name, ""), line.get(f"{name} std", math.nan)
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        return text if math.isnan(std) else f"{text} ± {std:.2g}"
+
+    head = [name for name in columns if not name.endswith(" std")]
     note = (
-        "Mean ± deviation over seeds, measured by analysis.sweep. Columns marked (paper) are the paper's: SiT-B/2, "
-        "400,000 steps on ImageNet."
+        "Mean ± std over seeds, measured by analysis.sweep. Columns marked (paper) are the paper's: SiT-B/2, 400,000 "
+        "steps on ImageNet."
     )
-    (folder / "table.md").write_text(f"{body}\n\n{note}\n")
+    body = markdown_table(head, [[cell(line, name) for name in head] for line in lines])
+    (directory / "table.md").write_text(f"{body}\n\n{note}\n")
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = cli.parse(SweepConfig, argv, __doc__.splitlines()[0])
+    config = cli.parse(SweepConfig, argv, __doc__)
     path = Path(config.table)
     table = read_table(path if path.is_file() else ROOT / path)
-    unknown = [row for row in config.rows or () if row not in table["rows"]]
+    rows = config.rows or table["rows"]
+    unknown = [row for row in rows if row not in table["rows"]]
     if unknown:
         raise ValueError(f"--rows: expected some of {', '.join(table['rows'])}, found {' '.join(unknown)}")
-    for flag_name, given in (("--data-dir", config.data_dir), ("--reference", config.reference)):
-        if not Path(given).exists():  # said now, not after the first run's days of training
-            raise ValueError(f"{flag_name}: expected a file or folder, found none at {given}")
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("data_dir", "reference"):  # refused now, not after the first run's days of training
+        check(config, name, Path(getattr(config, name)).exists(), "a file or directory that exists")
+    directory = Path(config.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
     for seed in config.seeds:  # whole tables first: the first seed's is there early
-        for row in config.rows or table["rows"]:
+        for row in rows:
             run_one(config, table, row, seed)
-            write_table(results(config, table), folder)
-    print((folder / "table.md").read_text(), flush=True)
+            write_table(results(config, table), directory)
+    print((directory / "table.md").read_text(), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 from pathlib import Path
 from typing import TextIO
+
+from runtime.files import write_atomically
 
 
 class RunLog:
@@ -22,10 +24,9 @@ class RunLog:
         self.files = {Path(run_dir) / "log.jsonl": _write_jsonl, Path(run_dir) / "metrics.csv": _write_csv}
         rows = [row for row in read_log(run_dir) if row["step"] <= start_step]
         for path, write in self.files.items():
-            partial = path.with_name(path.name + ".partial")
-            with open(partial, "w", newline="") as file:
-                write(file, rows)
-            os.replace(partial, path)
+            text = io.StringIO(newline="")
+            write(text, rows)
+            write_atomically(path, text.getvalue())
 
     def write(self, row: dict[str, float]) -> None:
         """Append one row, which names its columns, to both files."""

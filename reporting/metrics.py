@@ -1,168 +1,99 @@
-"""Metrics of sets of samples: the best set by each metric, curves over steps and over guidance, and a table."""
+"""Metrics of sets of samples: the best set by each metric, curves over steps and over guidance, and pictures."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from reporting.pictures import encode_pictures
-from reporting.runs import Run, Samples, direction, format_interval, format_recipe, preferred
+from reporting.runs import Samples, direction, preferred
 from reporting.values import finite
 
 MAX_PICTURES = 4  # of sets of samples
-MAX_ROWS = 300  # of a table of metrics
+
+Lines = dict[tuple[str, ...], list[tuple[float, float]]]  # by what tells them apart: points (x, metric)
 
 
-@dataclass(frozen=True)
-class SampleSet:
-    """A set of samples, and the run that it is of."""
-
-    run: str
-    samples: Samples
-
-    def describe(self, with_run: bool) -> str:
-        """Run, step, guidance, solver."""
-        samples = self.samples
-        parts = [self.run] if with_run else []
-        parts += [f"step {samples.step:,}"] if samples.step >= 0 else []
-        guided = f"guidance {samples.scale:g} on {format_interval(samples)}"
-        parts.append("no guidance" if samples.scale == 1 else guided)
-        solver, num_steps = samples.settings.get("sampler", "unknown solver"), samples.settings.get("num_steps")
-        return ", ".join([*parts, f"{solver}, {num_steps} steps"])
-
-
-def all_sets(runs: list[Run], others: list[Samples]) -> list[SampleSet]:
-    sets = [SampleSet(run.name, samples) for run in runs for samples in run.samples]
-    return sets + [SampleSet(source_of(samples), samples) for samples in others]
-
-
-def source_of(samples: Samples) -> str:
-    """The run, or else the file, of samples that are from none of the runs on the page."""
-    if not samples.checkpoint:
-        return str(samples.path)
-    path = Path(samples.checkpoint)
-    return str(path.parent.parent if path.parent.name == "checkpoints" else path)
-
-
-def metrics_section(runs: list[Run], others: list[Samples]) -> dict[str, Any]:
-    """What the page tells of metrics, by groups of sets that are comparable: of one reference and number of images."""
-    sets = all_sets(runs, others)
-    groups: dict[tuple, list[SampleSet]] = {}
+def metrics_section(sets: list[Samples]) -> dict[str, Any]:
+    """Metrics by groups of sets that are comparable: of one reference and one number of images."""
+    groups: dict[tuple, list[Samples]] = {}
     for one in sets:
-        if one.samples.metrics:
-            groups.setdefault((one.samples.reference, one.samples.settings.get("num_samples")), []).append(one)
-    several_runs = len({one.run for one in sets}) > 1
+        if one.metrics:
+            groups.setdefault((one.reference, one.settings.get("num_samples")), []).append(one)
     return {
-        "groups": [
-            {"reference": reference, "num_samples": num_samples, **group_section(group, several_runs)}
-            for (reference, num_samples), group in sorted(groups.items(), key=lambda item: -len(item[1]))
-        ],
-        "waiting": [str(one.samples.path) for one in sets if not one.samples.metrics],
-        "warnings": list(dict.fromkeys(warning for one in sets for warning in one.samples.warnings)),
+        "groups": [group_section(group) for group in sorted(groups.values(), key=len, reverse=True)],
+        "waiting": [one.path for one in sets if not one.metrics],
+        "warnings": list(dict.fromkeys(warning for one in sets for warning in one.warnings)),
     }
 
 
-def group_section(group: list[SampleSet], several_runs: bool) -> dict[str, Any]:
-    """Of sets that are comparable: the best, the charts, the rows of the table."""
-    names = list(dict.fromkeys(name for one in group for name in one.samples.metrics))
-
-    # The best set by each metric that has a direction.
-    best = {
-        name: max(
-            (one for one in group if name in one.samples.metrics),
-            key=lambda one, name=name: direction(name) * one.samples.metrics[name],
-        )
-        for name in names
-        if direction(name) and len(group) > 1
-    }
-    main = preferred(best)
-
-    # A chart where there is more than one point on a line.
+def group_section(group: list[Samples]) -> dict[str, Any]:
+    """Of sets that are comparable: the best by each metric, and charts of lines with more than one point."""
+    names = list(dict.fromkeys(name for one in group for name in one.metrics))
+    best = {}
+    for name in names:
+        if direction(name) and len(group) > 1:
+            having = [one for one in group if name in one.metrics]
+            best[name] = max(having, key=lambda one, name=name: direction(name) * one.metrics[name])
     charts = []
     for name in names:
         hint = {-1: ", lower is better", 1: ", higher is better", 0: ""}[direction(name)]
-        for x, series in (("step", over_steps(group, name)), ("guidance scale", over_guidance(group, name))):
-            if any(len(set(line["x"])) > 1 for line in series):
-                charts.append({"title": f"{name} over {x}{hint}", "x": x, "series": series})
-
-    return {
-        "sets": group,
-        "names": names,
-        "main": main,
-        "best": {
-            name: {"value": one.samples.metrics[name], "place": one.describe(several_runs)}
-            for name, one in best.items()
-        },
-        "also_best": [name for name in best if name != main and best[name] is best[main]],
-        "charts": charts,
-        "rows": [table_row(one, [name for name in best if best[name] is one]) for one in group[:MAX_ROWS]],
-    }
+        for x, lines in (("step", over_steps(group, name)), ("guidance scale", over_guidance(group, name))):
+            if any(len(dict(points)) > 1 for points in lines.values()):
+                charts.append({"title": f"{name} over {x}{hint}", "x": x, "series": chart_series(lines)})
+    return {"sets": group, "names": names, "best": best, "main": preferred(best), "charts": charts}
 
 
-def table_row(one: SampleSet, best: list[str]) -> dict[str, Any]:
-    samples = one.samples
-    settings = [samples.step if samples.step >= 0 else None, f"{samples.scale:g}", format_interval(samples)]
-    settings += [samples.settings.get(name) for name in ("sampler", "num_steps")]
-    return {"run": one.run, "settings": settings, "metrics": samples.metrics, "best": best}
+def describe(one: Samples, with_run: bool) -> str:
+    """Run, step, guidance, solver of a set."""
+    parts = [one.run] if with_run else []
+    parts += [f"step {one.step:,}"] if one.step >= 0 else []
+    parts.append("no guidance" if one.scale == 1 else f"guidance {one.scale:g} on {one.interval}")
+    parts.append(f"{one.settings.get('sampler', 'unknown solver')}, {one.settings.get('num_steps')} steps")
+    return ", ".join(parts)
 
 
-def over_steps(group: list[SampleSet], metric: str) -> list[dict[str, Any]]:
+def over_steps(group: list[Samples], metric: str) -> Lines:
     """A line per run and recipe of sampling: the metric against steps of training."""
-    lines: dict[tuple, list[tuple[float, float]]] = {}
+    lines: Lines = {}
     for one in group:
-        if metric in one.samples.metrics and one.samples.step >= 0:
-            key = (one.run, "", "", one.samples.recipe())
-            lines.setdefault(key, []).append((one.samples.step, one.samples.metrics[metric]))
-    return chart_series(lines)
+        if metric in one.metrics and one.step >= 0:
+            lines.setdefault((one.run, *one.recipe()), []).append((one.step, one.metrics[metric]))
+    return lines
 
 
-def over_guidance(group: list[SampleSet], metric: str) -> list[dict[str, Any]]:
+def over_guidance(group: list[Samples], metric: str) -> Lines:
     """A line per run, step, interval and recipe: the metric against the guidance scale.
 
     Without guidance (scale 1) there is no interval: that point belongs to the lines of all intervals.
     """
-    lines: dict[tuple, list[tuple[float, float]]] = {}
-    unguided: dict[tuple, list[tuple[float, float]]] = {}
-    for one in group:
-        samples = one.samples
-        if metric not in samples.metrics:
+    lines: Lines = {}
+    for one in sorted(group, key=lambda one: one.scale == 1):  # those without guidance last
+        if metric not in one.metrics:
             continue
-        point = samples.scale, samples.metrics[metric]
-        recipe = samples.recipe(without=("guidance_scale", "guidance_interval"))
-        place = one.run, f"step {samples.step:,}"
-        if samples.scale == 1:
-            unguided.setdefault((*place, recipe), []).append(point)
-        else:
-            lines.setdefault((*place, format_interval(samples), recipe), []).append(point)
-    for (run, step, recipe), points in unguided.items():
-        own = [key for key in lines if (key[0], key[1], key[3]) == (run, step, recipe)]
-        for key in own or [(run, step, "", recipe)]:
-            lines.setdefault(key, []).extend(points)
-    return chart_series(lines)
+        run, step, recipe = one.run, f"step {one.step:,}", one.recipe(without=("guidance_scale", "guidance_interval"))
+        keys = [(run, step, one.interval, *recipe)]
+        if one.scale == 1:
+            keys = [key for key in lines if (*key[:2], *key[3:]) == (run, step, *recipe)] or [(run, step, "", *recipe)]
+        for key in keys:
+            lines.setdefault(key, []).append((one.scale, one.metrics[metric]))
+    return lines
 
 
-def chart_series(lines: dict[tuple, list[tuple[float, float]]]) -> list[dict[str, Any]]:
-    """Series of a chart from (run, step, interval, recipe) -> points. Labels hold what differs between the lines."""
-    differs = [len({key[place] for key in lines}) > 1 for place in range(3)]
-    recipes = [key[3] for key in lines]
+def chart_series(lines: Lines) -> list[dict[str, Any]]:
+    """Series of a chart. Labels hold what differs between the lines."""
+    differs = [len(set(parts)) > 1 for parts in zip(*lines, strict=True)]
     series = []
     for color, (key, points) in enumerate(lines.items()):
-        parts = [text for text, shown in zip(key[:3], differs, strict=True) if shown and text]
-        parts += [text for text in [format_recipe(key[3], recipes)] if text]
+        label = ", ".join(part for part, shown in zip(key, differs, strict=True) if part and shown)
         x, y = zip(*sorted(points), strict=True)
-        series.append({"label": ", ".join(parts), "x": x, "y": [finite(value) for value in y], "color": color})
+        series.append({"label": label, "x": x, "y": [finite(value) for value in y], "color": color})
     return series
 
 
-def pictures_section(runs: list[Run], others: list[Samples], characters: int) -> dict[str, Any]:
+def pictures_section(sets: list[Samples], characters: int) -> dict[str, Any]:
     """Pictures of the sets of the latest steps."""
-    having = sorted((one for one in all_sets(runs, others) if one.samples.picture), key=lambda one: -one.samples.step)
+    having = sorted((one for one in sets if one.picture), key=lambda one: -one.step)
     wanted = having[:MAX_PICTURES]
-    encoded = encode_pictures([one.samples.picture for one in wanted], characters)
-    shown = [
-        {"caption": f"{one.run}: {one.describe(False)}", "step": max(0, one.samples.step), "image": image}
-        for one, image in zip(wanted, encoded, strict=True)
-        if image
-    ]
+    encoded = encode_pictures([one.picture for one in wanted], characters)
+    shown = [(one, picture) for one, picture in zip(wanted, encoded, strict=True) if picture]
     return {"shown": shown, "wanted": len(wanted), "total": len(having)}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reporting.metrics import metrics_section, pictures_section
+from reporting.metrics import describe, metrics_section, pictures_section
 from reporting.pictures import encode_pictures
 from reporting.render import TEMPLATES, render
 from reporting.runs import Run, Samples, hours, read_runs
@@ -24,6 +24,7 @@ from runtime.files import write_atomically
 MAX_RUNS = 32
 MAX_POINTS = 2000  # of a curve
 MAX_NUMBERS = 80_000  # of all curves: 1.6 MB
+MAX_TABLE_ROWS = 300  # of metrics
 MAX_GRIDS = 48  # of all runs; of one half of it, as training waits for them to be read
 IMAGE_CHARACTERS = 2_600_000  # of all grids as text; the sets of samples may have a quarter of it beside them
 LOSSES = {"loss": "total loss", "velocity": "velocity loss"}
@@ -65,10 +66,10 @@ def write_report(run_dirs: Sequence[Path], output: Path, samples: Sequence[Path]
 
 def page_of(runs: list[Run], others: list[Samples]) -> str:
     """The page. `others` are sets of samples that come from none of the runs."""
-    # What the script draws: the rows of each log once, and what each chart shows of them.
+    sets = [samples for run in runs for samples in run.samples] + others
     grids = grids_section(runs)
     columns, curves = curves_section(runs)
-    metrics = metrics_section(runs, others)
+    metrics = metrics_section(sets)
     charts = curves["charts"] + [chart for group in metrics["groups"] for chart in group["charts"]]
     for index, chart in enumerate(charts):
         chart["index"] = index
@@ -81,14 +82,21 @@ def page_of(runs: list[Run], others: list[Samples]) -> str:
         style=(TEMPLATES / "report.css").read_text(),
         script=script,
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        # What the script draws: the rows of each log once, and what each chart shows of them.
         data={"runs": columns, "charts": charts, "grid_steps": grids["steps"] if grids else []},
+        # The sections, in order.
         status={run.name: status(run, loss_columns(runs)) for run in runs},
         grids=grids,
         curves=curves,
         metrics=metrics,
-        pictures=pictures_section(runs, others, IMAGE_CHARACTERS // 4),
+        pictures=pictures_section(sets, IMAGE_CHARACTERS // 4),
         settings=settings_section(runs),
-        provenance=provenance_section(runs),
+        provenance={run.name: provenance_facts(run) for run in runs},
+        several_runs=len({one.run for one in sets}) > 1,
+        several_data_sets=len({run.record.get("data_digest") for run in runs} - {None}) > 1,
+        max_table_rows=MAX_TABLE_ROWS,
+        # What the template calls.
+        describe=describe,
         row_names=lambda columns: dict.fromkeys(name for facts in columns.values() for name in facts),
         number=format_number,
         setting=format_setting,
@@ -231,28 +239,21 @@ def settings_section(runs: list[Run]) -> dict[str, Any]:
     differing = [name for name in names if len({json.dumps(run.settings.get(name)) for run in runs}) > 1]
     return {
         "by_run": {run.name: grouped_settings(run) for run in runs if run.settings},
-        "differing": {
-            run.name: {flag_of(name): run.settings[name] for name in differing if name in run.settings} for run in runs
-        }
-        if differing
-        else {},
+        "differing": {run.name: settings_by_flag(run, differing) for run in runs} if differing else None,
     }
+
+
+def settings_by_flag(run: Run, names: Sequence[str]) -> dict[str, Any]:
+    return {"--" + name.replace("_", "-"): run.settings[name] for name in names if name in run.settings}
 
 
 def grouped_settings(run: Run) -> dict[str, dict[str, Any]]:
     """A run's settings by the groups of its record; in one group if the record has none."""
     groups = run.record.get("groups") or {}
-    known = {name for names in groups.values() for name in names}
-    groups = groups | {"others" if groups else "settings": [name for name in run.settings if name not in known]}
-    shown = {
-        heading: {flag_of(name): run.settings[name] for name in names if name in run.settings}
-        for heading, names in groups.items()
-    }
+    grouped = {name for names in groups.values() for name in names}
+    groups = groups | {"others" if groups else "settings": [name for name in run.settings if name not in grouped]}
+    shown = {heading: settings_by_flag(run, names) for heading, names in groups.items()}
     return {heading: values for heading, values in shown.items() if values}
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def format_setting(value: Any) -> str:
@@ -260,26 +261,12 @@ def format_setting(value: Any) -> str:
     return text[:300]
 
 
-def provenance_section(runs: list[Run]) -> dict[str, Any]:
-    """Versions, revision, machine, dates, digests."""
-    facts = {run.name: provenance_facts(run) for run in runs}
-    return {
-        "facts": {
-            name: {fact: value for fact, value in own.items() if value is not None} for name, own in facts.items()
-        },
-        "several_data_sets": len({run.record["data_digest"] for run in runs if run.record.get("data_digest")}) > 1,
-    }
-
-
 def provenance_facts(run: Run) -> dict[str, Any]:
-    state, record = run.state, run.state | run.record
-    initial, scale, classes = (
-        run.record.get("initial") or state.get("initial"),
-        state.get("scale"),
-        state.get("class_names") or [],
-    )
-    facts = {"directory": run.folder.resolve(), "last started": record.get("date")}
+    """Versions, revision, machine, dates, digests."""
+    state, record, classes = run.state, run.state | run.record, run.state.get("class_names") or []
+    facts = {"directory": run.directory.resolve(), "last started": record.get("date")}
     facts |= {name.replace("_", " "): record.get(name) for name in "machine processes git_revision data_digest".split()}
+    initial, scale = run.record.get("initial") or state.get("initial"), state.get("scale")
     if isinstance(initial, dict):
         facts["started from"] = f"{initial.get('source')} ({initial.get('read_as')})"
     facts |= {"VAE": state.get("vae"), "VAE digest": state.get("vae_digest")}
@@ -288,4 +275,5 @@ def provenance_facts(run: Run) -> dict[str, Any]:
     if classes:
         more = f", ... ({len(classes):,} in all)" if len(classes) > 8 else ""
         facts["classes"] = ", ".join(map(str, classes[:8])) + more
-    return facts | {f"version of {name}": value for name, value in (record.get("versions") or {}).items()}
+    facts |= {f"version of {name}": value for name, value in (record.get("versions") or {}).items()}
+    return {name: value for name, value in facts.items() if value is not None}

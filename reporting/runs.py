@@ -39,6 +39,7 @@ class Samples:
 
     Args:
         path: its directory, or its metrics.json where that lies elsewhere.
+        run: name of the run that it is of.
         settings: what it was drawn with, as in `samples.json`; at least "step", which may be None.
         checkpoint: the checkpoint it was drawn from, as recorded; empty if it was not.
         metrics: finite values by name; empty if it was not measured.
@@ -48,8 +49,9 @@ class Samples:
     """
 
     path: Path
+    run: str
     settings: dict[str, Any]
-    checkpoint: str
+    checkpoint: Path
     metrics: dict[str, float]
     reference: str
     warnings: tuple[str, ...]
@@ -65,12 +67,21 @@ class Samples:
     def scale(self) -> float:
         return float(self.settings.get("guidance_scale") or 1.0)
 
-    def recipe(self, without: Sequence[str] = ()) -> tuple:
-        """Values of `RECIPE`, with None for those of `without`, to be a key."""
-        known = {"last_t", *RECIPE}
-        own = {name: value for name, value in self.settings.items() if name in known}
-        values = read_record(own, RECIPE_FIELDS, self.path)
-        return tuple(None if name in without else values[name] for name in RECIPE)
+    @property
+    def interval(self) -> str:
+        """Where it is guided: "none", "all t" or "t 0 to 0.7"."""
+        interval = self.settings.get("guidance_interval")
+        if self.scale == 1 or not interval:
+            return "none"
+        return "all t" if list(interval) == [0, 1] else "t {:g} to {:g}".format(*interval)
+
+    def recipe(self, without: Sequence[str] = ()) -> tuple[str, ...]:
+        """The settings of `RECIPE` as text, empty where there is none, and for those of `without`."""
+        recorded = {name: value for name, value in self.settings.items() if name in {"last_t", *RECIPE}}
+        values = read_record(recorded, RECIPE_FIELDS, self.path)
+        return tuple(
+            "" if name in without or values[name] is None else as_text(values[name]) for name, as_text in RECIPE.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ class Run:
     """A run's directory.
 
     Args:
-        folder: its path.
+        directory: its path.
         name: last part of its path, with as many parts before as tell it from the other runs.
         record: `config.json`: "config", "groups" (names of the settings, by heading), "versions", "git_revision",
             "machine", "date", "data_digest"; may be empty.
@@ -89,7 +100,7 @@ class Run:
         samples: of this run, by step and guidance.
     """
 
-    folder: Path
+    directory: Path
     name: str
     record: dict[str, Any]
     rows: list[dict[str, float]]
@@ -104,17 +115,17 @@ class Run:
         return self.record.get("config") or self.state.get("config") or {}
 
 
-def read_runs(folders: Sequence[str | Path], samples: Iterable[str | Path] = ()) -> tuple[list[Run], list[Samples]]:
+def read_runs(directories: Sequence[str | Path], samples: Iterable[str | Path] = ()) -> tuple[list[Run], list[Samples]]:
     """The runs, and those of `samples` that come from none of them.
 
     Args:
-        folders: of the runs.
+        directories: of the runs.
         samples: further sets: their directories, or their `metrics.json`.
 
     Raises:
         ValueError: a directory is no run or is named twice, or a file in it is damaged.
     """
-    paths = [Path(folder) for folder in folders]
+    paths = [Path(directory) for directory in directories]
     names = distinct_names(paths)
     runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
     known = {found.path.resolve() for run in runs for found in run.samples}
@@ -123,24 +134,26 @@ def read_runs(folders: Sequence[str | Path], samples: Iterable[str | Path] = ())
         if {given.path.resolve(), given.path.resolve().parent} & known:
             continue
         owner = next((run for run in runs if _is_from(given, run)), None)
-        (others if owner is None else owner.samples).append(given)
+        if owner:
+            owner.samples.append(dataclasses.replace(given, run=owner.name))
+        else:
+            others.append(given)
     for run in runs:
         run.samples[:] = _joined(run.samples)
     return runs, _joined(others)
 
 
 def _joined(found: list[Samples]) -> list[Samples]:
-    """In order, with one entry for samples and metrics of the same settings that lie in different places."""
-    measured = [given for given in found if given.metrics]
+    """By step and guidance, with one entry for samples and metrics of the same settings in different places."""
     result = []
     for given in found:
-        twins = [other for other in (found if given.metrics else measured) if other.settings == given.settings]
+        twins = [other for other in found if other.settings == given.settings]
         if given.metrics:
-            pictures = [other.picture for other in (given, *twins) if other.picture]
-            result.append(dataclasses.replace(given, picture=pictures[0] if pictures else None))
-        elif not twins:
+            picture = next((other.picture for other in (given, *twins) if other.picture), None)
+            result.append(dataclasses.replace(given, picture=picture))
+        elif not any(other.metrics for other in twins):
             result.append(given)
-    return sorted(result, key=_order)
+    return sorted(result, key=lambda one: (one.step, one.scale, str(one.settings.get("guidance_interval")), one.path))
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
@@ -161,78 +174,82 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     return [name(own) for own in parts]
 
 
-def read_run(folder: str | Path, name: str) -> Run:
+def read_run(directory: str | Path, name: str) -> Run:
     """A run's directory as it is now.
 
     Raises:
         ValueError: it is no run, or a file in it is damaged.
     """
-    folder = Path(folder)
-    if not any((folder / part).exists() for part in ("config.json", "log.jsonl", "checkpoints")):
+    directory = Path(directory)
+    if not any((directory / part).exists() for part in ("config.json", "log.jsonl", "checkpoints")):
         raise ValueError(
             f"expected the directory of a run (with config.json, log.jsonl or checkpoints/), found "
-            f"{'none of these in' if folder.is_dir() else 'nothing at'} {folder}; give exps/<name>, as train.py made it"
+            f"{'none of these in' if directory.is_dir() else 'nothing at'} {directory}; give exps/<name>"
         )
     try:
-        rows = [row for row in read_log(folder) if isinstance(row, dict) and finite(row.get("step")) is not None]
+        rows = [row for row in read_log(directory) if isinstance(row, dict) and finite(row.get("step")) is not None]
     except UnicodeDecodeError as error:
-        raise ValueError(f"expected lines of JSON in {folder / 'log.jsonl'}, found bytes that are no text") from error
-    states = folder.glob("checkpoints/*/state.json")
+        raise ValueError(
+            f"expected lines of JSON in {directory / 'log.jsonl'}, found bytes that are no text"
+        ) from error
+    states = directory.glob("checkpoints/*/state.json")
     steps = {int(path.parent.name): path for path in states if path.parent.name.isdigit()}
     return Run(
-        folder=folder,
+        directory=directory,
         name=name,
-        record=read_json(folder / "config.json"),
+        record=read_json(directory / "config.json"),
         # A killed run has rows after its last checkpoint, which it writes again when it resumes.
         rows=[row for _, row in sorted({row["step"]: row for row in rows}.items())],
         checkpoints=sorted(steps),
         state=read_json(steps[max(steps)]) if steps else {},
-        grids={int(path.stem): path for path in sorted(folder.glob("samples/*.png")) if path.stem.isdigit()},
-        samples=[read_samples(path) for path in _sample_folders(folder)],
+        grids={int(path.stem): path for path in sorted(directory.glob("samples/*.png")) if path.stem.isdigit()},
+        samples=[read_samples(path, name) for path in _sample_directories(directory)],
     )
 
 
-def _sample_folders(run_dir: Path) -> list[Path]:
+def _sample_directories(run_dir: Path) -> list[Path]:
     """Directories with `samples.json` anywhere below a run's; those of single images and checkpoints are left out."""
     found = []
-    for folder, inner, files in os.walk(run_dir):
-        inner[:] = sorted(name for name in inner if name not in ("images", "partial", "checkpoints", "wandb"))
+    for directory, inner, files in os.walk(run_dir):
+        inner[:] = sorted(set(inner) - {"images", "partial", "checkpoints", "wandb"})
         if "samples.json" in files:
-            found.append(Path(folder))
+            found.append(Path(directory))
     return found
 
 
-def read_samples(path: str | Path) -> Samples:
+def read_samples(path: str | Path, run: str = "") -> Samples:
     """A set of samples from its directory, or from its metrics.json, which holds the settings of sampling as well.
+
+    Args:
+        run: name of its run; by default the run, or else the file, that its record names.
 
     Raises:
         ValueError: neither, or damaged.
     """
     path = Path(path)
-    record, measured = {}, {}
-    if path.is_dir():
-        record, measured = read_json(path / "samples.json"), read_json(path / "metrics.json")
-    elif path.is_file():
-        measured = read_json(path)
+    record, measured = read_json(path / "samples.json"), read_json(path / "metrics.json" if path.is_dir() else path)
     warnings = list(measured.get("warnings") or [])
     sampling = measured.get("sampling") or {}
     if record and sampling and sampling.get("settings") != record.get("settings"):
         measured = {}  # of samples that were here before
         warnings = [f"{path / 'metrics.json'} is of samples with other settings: left out; measure these anew"]
     record = record or sampling
-    settings = record.get("settings")
-    if not isinstance(settings, dict):
+    if not isinstance(record.get("settings"), dict):
         raise ValueError(
             f"expected a set of samples (a directory with samples.json, or a metrics.json that records how the samples "
             f"were drawn), found {'neither in' if path.exists() else 'nothing at'} {path}"
         )
+    settings, checkpoint = record["settings"], Path(record.get("checkpoint") or "")
     metrics, reference = measured.get("metrics") or {}, measured.get("reference") or {}
-    _check_samples(settings, metrics, reference, path)
+    if not (_is_whole(settings) and isinstance(metrics, dict) and isinstance(reference, dict)):
+        raise ValueError(f"expected a record of samples as sample_ddp.py writes it, found another in {path}; remove it")
+    source = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
     picture = path / "samples.png"
     return Samples(
         path=path,
+        run=run or str(source if checkpoint.name else path),
         settings=settings,
-        checkpoint=str(record.get("checkpoint") or ""),
+        checkpoint=checkpoint,
         metrics={str(name): float(value) for name, value in metrics.items() if finite(value) is not None},
         reference=f"{Path(reference.get('path') or 'unknown').name} ({str(reference.get('sha256'))[:8]})",
         warnings=tuple(map(str, warnings)),
@@ -240,31 +257,24 @@ def read_samples(path: str | Path) -> Samples:
     )
 
 
-def _check_samples(settings: dict[str, Any], metrics: Any, reference: Any, path: Path) -> None:
-    interval, scale = settings.get("guidance_interval"), settings.get("guidance_scale", 1)
-    pair = isinstance(interval, list) and len(interval) == 2 and all(finite(t) is not None for t in interval)
-    if not (
-        isinstance(metrics, dict)
-        and isinstance(reference, dict)
-        and finite(scale) is not None
-        and (interval is None or pair)
+def _is_whole(settings: dict[str, Any]) -> bool:
+    """Whether settings of sampling have the types that are read here."""
+    interval = settings.get("guidance_interval") or [0, 1]
+    return (
+        isinstance(interval, list)
+        and len(interval) == 2
+        and None not in map(finite, [*interval, settings.get("guidance_scale", 1)])
         and isinstance(settings.get("classes") or [], list)
         and isinstance(settings.get("num_samples", 0), int)
-    ):
-        raise ValueError(f"expected a record of samples as sample_ddp.py writes it, found another in {path}; remove it")
+    )
 
 
 def _is_from(samples: Samples, run: Run) -> bool:
     """Whether a run's checkpoint is what they were drawn from: by its digest, or by its path if that one is gone."""
-    state = read_json(run.folder / "checkpoints" / f"{samples.step:07d}" / "state.json")
+    state = read_json(run.directory / "checkpoints" / f"{samples.step:07d}" / "state.json")
     if state:
-        digests = state.get("digests") or {}
-        return digests.get("ema.safetensors") == samples.settings.get("checkpoint_digest")
-    return bool(samples.checkpoint) and run.folder.resolve() == Path(samples.checkpoint).resolve().parent.parent
-
-
-def _order(samples: Samples) -> tuple:
-    return samples.step, samples.scale, str(samples.settings.get("guidance_interval")), str(samples.path)
+        return (state.get("digests") or {}).get("ema.safetensors") == samples.settings.get("checkpoint_digest")
+    return bool(samples.checkpoint.name) and run.directory.resolve() == samples.checkpoint.resolve().parent.parent
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -312,21 +322,3 @@ def preferred(metrics: Iterable[str]) -> str | None:
     """The metric that stands for all: the first of `PREFERRED`, else any with a direction."""
     metrics = list(metrics)
     return next((name for name in (*PREFERRED, *metrics) if name in metrics and direction(name)), None)
-
-
-def format_interval(samples: Samples) -> str:
-    """Where it is guided: "none", "all t" or "t 0 to 0.7"."""
-    interval = samples.settings.get("guidance_interval")
-    if samples.scale == 1 or not interval:
-        return "none"
-    return "all t" if list(interval) == [0, 1] else "t {:g} to {:g}".format(*interval)
-
-
-def format_recipe(recipe: tuple, among: Iterable[tuple] = ()) -> str:
-    """A key of `Samples.recipe` as text; with `among`, only what differs among those keys."""
-    among = list(among)
-    parts = []
-    for index, (value, as_text) in enumerate(zip(recipe, RECIPE.values(), strict=True)):
-        if value is not None and (not among or len({other[index] for other in among}) > 1):
-            parts.append(as_text(value))
-    return ", ".join(parts)

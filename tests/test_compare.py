@@ -321,7 +321,7 @@ def test_names_do_not_disturb_the_curves(name, vae, tmp_path, capsys):
         ({"vae_digest": "f" * 64}, r"other VAE \(a: [0-9a-f]{12}, b: f{12}\)"),
         (
             {"steps": (11, 21)},
-            r"expected a step that all runs have .* found none \(a: 10, 20; b: 11, 21\); --no-images",
+            r"expected a step that all runs have .* found none \(a: 10, 20; b: 11, 21\); give --no-images",
         ),
         ({"steps": ()}, r"found none \(a: 10, 20; b: none\)"),
     ],

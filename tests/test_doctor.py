@@ -1,6 +1,7 @@
 """The doctor finds what was done to a store or a run, and says what to do."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +18,17 @@ from tests.stores import make_store, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 INFO = {
-    "scale": LatentScale((1.0,), (0.0,)).to_dict(), "vae": "x", "vae_digest": "y", "resolution": 32,
-    "class_names": ["a"], "path_type": "linear",
-}  # fmt: skip
+    "scale": LatentScale((1.0,), (0.0,)).to_dict(),
+    "vae": "x",
+    "vae_digest": "y",
+    "resolution": 32,
+    "class_names": ["a"],
+    "path_type": "linear",
+}
 
 
 def complaints(folder):
-    return [f"{finding.what} -> {finding.remedy}" for finding in doctor.examine(folder) if finding.remedy]
+    return [f"{finding.text} -> {finding.remedy}" for finding in doctor.examine(folder) if finding.remedy]
 
 
 def rows(*steps, **changes):
@@ -65,8 +70,8 @@ def change_numbers(file, change):
         (lambda f: (f / "moments-00000.npy").write_bytes(b"x"), "damaged store"),
         (lambda f: (f / "labels.npy").unlink(), "damaged store"),
         (lambda f: ((f / "meta.json").unlink(), (f / "partial").mkdir()), "unfinished latent store"),
-        (lambda f: change_numbers(f / "moments-00000.npy", lambda a: a.__imul__(9)), "have a deviation of"),
-        (lambda f: change_numbers(f / "moments-00000.npy", lambda a: a.fill(np.nan)), "deviation of nan"),
+        (lambda f: change_numbers(f / "moments-00000.npy", lambda a: a.__imul__(9)), "have a std of"),
+        (lambda f: change_numbers(f / "moments-00000.npy", lambda a: a.fill(np.nan)), "std of nan"),
         (lambda f: change_numbers(f / "moments-00000.npy", lambda a: a.__imul__(-1)), "posterior below 0"),
         (lambda f: change_numbers(f / "labels.npy", lambda a: a.fill(1)), "2 classes without an image"),
     ],
@@ -91,10 +96,8 @@ def test_harm_to_a_store_is_found(harm, expected, tmp_path):
         (lambda f: write_log(f, rows(5, 10, 15)), "ends at step 15, before checkpoint 20"),
         (lambda f: (f / "log.jsonl").unlink(), "no rows"),
     ],
-)  # fmt: skip
+)
 def test_harm_to_a_run_is_found(harm, expected, tmp_path):
-    import re
-
     run = make_run(tmp_path / "run")
     harm(run)
     assert any(re.search(expected, line) for line in complaints(run)), complaints(run)

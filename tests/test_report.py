@@ -427,7 +427,7 @@ def test_samples_of_older_records_are_compared_with_newer_ones(tmp_path):
     (found,), _ = read_runs([run])
     one, two = found.samples
     assert one.recipe() == two.recipe()
-    assert 0.04 in one.recipe()
+    assert "last step of 0.04" in one.recipe()
 
 
 def test_hours_add_up_over_changes_of_speed_and_of_rows():

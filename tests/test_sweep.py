@@ -49,8 +49,21 @@ def test_the_rows_are_those_of_table_1():
 def test_the_papers_values_stand_beside_their_rows():
     paper = {row: line["paper"] for row, line in read_table(TABLE)["rows"].items()}
     assert [values[0] for values in paper.values()] == [
-        33.02, 28.89, 29.11, 29.51, 32.44, 36.20, 30.04, 29.59, 29.30, 29.50, 29.40, 30.10, 29.50, 31.32,
-    ]  # fmt: skip
+        33.02,
+        28.89,
+        29.11,
+        29.51,
+        32.44,
+        36.20,
+        30.04,
+        29.59,
+        29.30,
+        29.50,
+        29.40,
+        30.10,
+        29.50,
+        31.32,
+    ]
     assert paper["depth-8"] == [36.20, 6.50, 40.88, 0.52, 0.64]
     assert paper["layers-2"] == [31.32, 6.51, 48.15, 0.55, 0.64]
 
@@ -60,8 +73,8 @@ def test_samples_are_those_of_the_paper():
     assert (config.num_samples, config.num_steps, config.sampler, config.guidance_scale) == (50_000, 250, "sde", (1.0,))
 
 
-def test_the_table_holds_mean_and_deviation_over_seeds(tmp_path):
-    config = SweepConfig("data", "reference", output_dir=str(tmp_path), seeds=(0, 1, 2), rows=("a", "b"))
+def test_the_table_holds_mean_and_std_over_seeds(tmp_path):
+    config = SweepConfig(str(tmp_path), str(tmp_path), output_dir=str(tmp_path), seeds=(0, 1, 2), rows=("a", "b"))
     table = {"rows": {"a": {"flags": {"align-depth": 3}, "paper": [9.0, 8.0, 7.0, 0.6, 0.5]}, "b": {"flags": {}}}}
     for seed, fid in enumerate((1.0, 2.0, 6.0)):
         run = tmp_path / f"a-seed{seed}"
@@ -71,24 +84,36 @@ def test_the_table_holds_mean_and_deviation_over_seeds(tmp_path):
     (line,) = results(config, table)  # b has no finished run
     assert (line["row"], line["flags"], line["steps"], line["seeds"]) == ("a", "--align-depth 3", "7", 3)
     assert line["fid"] == pytest.approx(3.0)
-    assert line["fid deviation"] == pytest.approx(7**0.5)  # (4 + 1 + 9) / 2
+    assert line["fid std"] == pytest.approx(7**0.5)  # (4 + 1 + 9) / 2
     assert line["fid (paper)"] == 9.0
     write_table([line], tmp_path)
     with open(tmp_path / "table.csv") as file:
         (row,) = csv.DictReader(file)
-    assert float(row["fid deviation"]) == pytest.approx(7**0.5)
+    assert float(row["fid std"]) == pytest.approx(7**0.5)
     assert "| a | --align-depth 3 | 7 | 3 | 3 ± 2.6 | 9 |" in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.slow
-def test_a_sweep_trains_measures_and_goes_on(tmp_path, monkeypatch):
+def test_a_sweep_trains_measures_and_resumes(tmp_path, monkeypatch):
     store = make_store(tmp_path / "store", images=True, vae=make_vae(tmp_path / "vae"))
     flags = [
-        "--data-dir", str(store), "--reference", str(store), "--output-dir", str(tmp_path / "out"),
-        "--rows", "vanilla", "layers-2", "--seeds", "0", "1",
-        "--train", "--model SiT-Ti/4 --batch-size 6 --max-train-steps 2 --num-workers 0",
-        "--sample", "--num-samples 16 --num-steps 2 --features vae",
-    ]  # fmt: skip
+        "--data-dir",
+        str(store),
+        "--reference",
+        str(store),
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--rows",
+        "vanilla",
+        "layers-2",
+        "--seeds",
+        "0",
+        "1",
+        "--train",
+        "--model SiT-Ti/4 --batch-size 6 --max-train-steps 2 --num-workers 0",
+        "--sample",
+        "--num-samples 16 --num-steps 2 --features vae",
+    ]
     commands = []
     run = subprocess.run
 
@@ -121,7 +146,7 @@ def test_a_sweep_trains_measures_and_goes_on(tmp_path, monkeypatch):
         (["--rows", "depth-9"], "--rows: expected some of vanilla, depth-2"),
         (["--seeds", "1", "1"], "--seeds: expected different numbers"),
         (["--processes", "0"], "--processes: expected at least 1"),
-        (["--reference", "absent.npz"], "--reference: expected a file or folder, found none at absent.npz"),
+        (["--reference", "absent.npz"], "--reference: expected a file or directory that exists, found absent.npz"),
         (["--table", "absent.yaml"], "--table: expected a YAML file, found"),
         (["--table", "{form}"], "--table: expected `rows:`"),
         (["--table", "{short}"], "--table: expected 5 numbers in `paper` of a"),
