@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,7 @@ def read_meta(directory: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"damaged store: {file}: {error}; dump the images again") from error
     if (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
-        raise ValueError(
-            f"expected a latent store of format {FORMAT} {VERSION}, found another meta.json in {directory}"
-        )
+        raise ValueError(f"expected a latent store of format {FORMAT} {VERSION}, found another in {directory}")
     meta = read_record(meta, META, file)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in meta.items()}  # as in JSON
 
@@ -138,9 +137,8 @@ class LatentDataset(torch.utils.data.Dataset):
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"damaged store: cannot read {path} ({error}); dump the images again") from error
         if array.shape != shape or array.dtype != np.dtype(dtype):
-            raise ValueError(
-                f"damaged store: expected {dtype} {shape} in {path}, found {array.dtype} {array.shape}; dump it again"
-            )
+            found = f"{array.dtype} {array.shape}"
+            raise ValueError(f"damaged store: expected {dtype} {shape} in {path}, found {found}; dump it again")
         return np.asarray(array)  # still the map, without the overhead that np.memmap adds to each access
 
     def __len__(self) -> int:
@@ -199,6 +197,7 @@ class LatentDataset(torch.utils.data.Dataset):
         return [file.name for file, digest in files.items() if not file.is_file() or sha256(file) != digest]
 
 
+@dataclass
 class StepSampler:
     """The indices of each micro-batch of this process, as a function of (seed, step).
 
@@ -223,27 +222,22 @@ class StepSampler:
         ValueError: the batch cannot be divided evenly.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulation: int = 1,
-        start_step: int = 0,
-        num_steps: int | None = None,
-        flip: bool = False,
-    ):
-        if batch_size % (world_size * accumulation):
-            raise ValueError(
-                f"expected a batch size divisible by {world_size} processes x {accumulation} accumulation steps, "
-                f"found {batch_size}; set --batch-size or --gradient-accumulation-steps"
-            )
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
-        self.start_step, self.num_steps, self.flip = start_step, num_steps, flip
-        self.last_step_issued = start_step
+    num_samples: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    accumulation: int = 1
+    start_step: int = 0
+    num_steps: int | None = None
+    flip: bool = False
+
+    def __post_init__(self):
+        if self.batch_size % (self.world_size * self.accumulation):
+            divisor = f"{self.world_size} processes x {self.accumulation} accumulation steps"
+            found = f"{self.batch_size}; set --batch-size or --gradient-accumulation-steps"
+            raise ValueError(f"expected a batch size divisible by {divisor}, found {found}")
+        self.last_step_issued = self.start_step
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def step_indices(self, step: int) -> np.ndarray:  # -> (B,) int64

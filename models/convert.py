@@ -89,10 +89,8 @@ def _infer_config(state: dict[str, Tensor]) -> SiTConfig:
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     heads = [size[2] for size in SIT_SIZES.values() if size[:2] == (depth, hidden_size)]
     if not heads:
-        raise ValueError(
-            f"expected a SiT of a known size ({', '.join(SIT_SIZES)}), found {depth} blocks of width {hidden_size}, "
-            f"whose number of attention heads the file does not tell"
-        )
+        found = f"{depth} blocks of width {hidden_size}, whose number of attention heads the file does not tell"
+        raise ValueError(f"expected a SiT of a known size ({', '.join(SIT_SIZES)}), found {found}")
     return SiTConfig(
         depth=depth,
         hidden_size=hidden_size,

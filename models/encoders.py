@@ -83,10 +83,8 @@ def load_encoder(
     size = encoder.image_size
     tokens = encoder(torch.zeros(1, size, size, 3, dtype=torch.uint8))
     if tokens.shape != (1, side**2, encoder.dim):
-        raise ValueError(
-            f"--repa-encoder: expected {side**2} tokens, as many as the SiT has, found an output "
-            f"{tuple(tokens.shape)} of {name!r}; choose another encoder"
-        )
+        found = f"an output {tuple(tokens.shape)} of {name!r}; choose another encoder"
+        raise ValueError(f"--repa-encoder: expected {side**2} tokens, as many as the SiT has, found {found}")
     encoder.to(device)
     if encoder.mean.is_cuda:
         encoder.network.to(torch.bfloat16)
@@ -127,10 +125,8 @@ def _build_encoder(name: str, side: int, weights: str | Path | None) -> Encoder:
         reason = " ".join(str(error).split())[:200]
         if weights is not None:
             raise ValueError(f"--repa-weights: expected weights of {timm_name}, found {weights} ({reason})") from error
-        raise ValueError(
-            f"--repa-encoder: cannot get the weights of {timm_name} ({reason}); without a network give a local file "
-            f"by --repa-weights"
-        ) from error
+        fix = "without a network give a local file by --repa-weights"
+        raise ValueError(f"--repa-encoder: cannot get the weights of {timm_name} ({reason}); {fix}") from error
     data = timm.data.resolve_model_data_config(network)
     return Encoder(network, size, data["mean"], data["std"]).eval().requires_grad_(False)
 

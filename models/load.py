@@ -75,10 +75,8 @@ def read_state(directory: str | Path) -> dict[str, Any]:
     except ValueError as error:  # of JSON and of UTF-8, too
         raise ValueError(f"damaged checkpoint: {file}: {error}; use an older one") from error
     if (state.get("format"), state.get("version")) != (FORMAT, VERSION):
-        raise ValueError(
-            f"expected a checkpoint of format {FORMAT} {VERSION}, "
-            f"found {state.get('format')} {state.get('version')} in {directory}"
-        )
+        found = f"{state.get('format')} {state.get('version')} in {directory}"
+        raise ValueError(f"expected a checkpoint of format {FORMAT} {VERSION}, found {found}")
     state = read_record(state, STATE, file)
     return state | {"class_names": list(state["class_names"])}
 
@@ -90,9 +88,8 @@ def verified_file(directory: Path, name: str, state: dict[str, Any]) -> Path:
         raise ValueError(f"damaged checkpoint: {path} is missing; use an older one")
     found = sha256(path)
     if found != expected:
-        raise ValueError(
-            f"damaged checkpoint: {path} has SHA-256 {found[:12]}..., expected {expected[:12]}...; use an older one"
-        )
+        digests = f"{found[:12]}..., expected {expected[:12]}..."
+        raise ValueError(f"damaged checkpoint: {path} has SHA-256 {digests}; use an older one")
     return path
 
 
@@ -131,9 +128,8 @@ def load_sit(path: str | Path) -> tuple[SiT, dict[str, Any]]:
             raise ValueError(f"{path}: {error}") from error
         return model.eval().requires_grad_(False), info
     if not directory.is_dir():
-        raise ValueError(
-            f"not a checkpoint: nothing at {path}; expected <run>/checkpoints/<step>, or a .pt or .safetensors file"
-        )
+        expected = "<run>/checkpoints/<step>, or a .pt or .safetensors file"
+        raise ValueError(f"not a checkpoint: nothing at {path}; expected {expected}")
     if not (directory / "state.json").is_file():
         directory = latest_checkpoint(path)
         if directory is None:
@@ -160,10 +156,8 @@ def _load_foreign(path: Path) -> tuple[SiT, dict[str, Any]]:
     args = vars(args) if isinstance(args, argparse.Namespace) else {}
     path_type = FOREIGN_PATHS.get(str(args.get("path_type", "linear")).lower())
     if path_type is None or args.get("prediction", "v") not in ("v", "velocity"):
-        raise ValueError(
-            f"expected a velocity on a linear or cosine path, found a model that was trained to predict "
-            f"{args.get('prediction', 'v')} on the path {args.get('path_type')}"
-        )
+        found = f"trained to predict {args.get('prediction', 'v')} on the path {args.get('path_type')}"
+        raise ValueError(f"expected a velocity on a linear or cosine path, found a model that was {found}")
     model = SiT(config)
     load_exactly(model, tensors, "a SiT")
     step = content.get("steps", content.get("train_steps"))

@@ -59,24 +59,18 @@ class SiTConfig:
         """
         names = [f"SiT-{size}/{patch}" for size in SIT_SIZES for patch in PATCH_SIZES]
         if name not in names:
-            raise ValueError(
-                f"expected a model SiT-SIZE/PATCH with SIZE in {', '.join(SIT_SIZES)} and PATCH in "
-                f"{', '.join(map(str, PATCH_SIZES))} (--model), found {name!r}"
-            )
+            known = f"SIZE in {', '.join(SIT_SIZES)} and PATCH in {', '.join(map(str, PATCH_SIZES))}"
+            raise ValueError(f"expected a model SiT-SIZE/PATCH with {known} (--model), found {name!r}")
         size, patch = name.removeprefix("SiT-").split("/")
         depth, hidden_size, num_heads = SIT_SIZES[size]
         return cls(depth, hidden_size, num_heads, int(patch), latent_size, in_channels, num_classes)
 
     def __post_init__(self):
         if self.latent_size % self.patch_size:
-            raise ValueError(
-                f"expected a latent side divisible by the patch side {self.patch_size}, found {self.latent_size}; "
-                f"choose another patch size (the number after the slash of --model)"
-            )
+            found = f"{self.latent_size}; choose another patch size (the number after the slash of --model)"
+            raise ValueError(f"expected a latent side divisible by the patch side {self.patch_size}, found {found}")
         if self.num_classes < 1 or self.in_channels < 1:
-            raise ValueError(
-                f"expected at least one class and one channel, found {self.num_classes} and {self.in_channels}"
-            )
+            raise ValueError(f"expected a class and a channel at least, found {self.num_classes}, {self.in_channels}")
 
     @property
     def num_tokens(self) -> int:
@@ -292,14 +286,7 @@ class SiT(nn.Module, PyTorchModelHubMixin, **HUB):
         return x
 
     @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        config: dict[str, Any] | None = None,
-        map_location: str | torch.device = "cpu",
-        **hub: Any,
-    ) -> SiT:
+    def _from_pretrained(cls, *, model_id: str, config: dict | None = None, map_location: Any = "cpu", **hub) -> SiT:
         """What the mixin's `from_pretrained` loads by. Its own would take a file that lacks weights, or a pickled one.
 
         Raises:
@@ -312,9 +299,9 @@ class SiT(nn.Module, PyTorchModelHubMixin, **HUB):
         try:
             sit.load_state_dict(load_file(file))
         except (SafetensorError, OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"expected the weights of this SiT in {file}, found other ones or none "
-                f"({' '.join(str(error).split())[:300]})"
+                f"expected the weights of this SiT in {file}, found other ones or none ({reason})"
             ) from error
         return sit.to(map_location).eval()
 

@@ -164,10 +164,9 @@ def check_vae(
         channels, side, _ = latent_shape
         made = vae_factor(vae) * side, vae.config.latent_channels
         if made != (resolution, channels):
-            raise ValueError(
-                f"--vae: expected images of side {resolution} from latents of {channels} channels, found side "
-                f"{made[0]} and {made[1]} channels with {name}; it is not the VAE of {whose}"
-            )
+            expected = f"images of side {resolution} from latents of {channels} channels"
+            found = f"side {made[0]} and {made[1]} channels with {name}; it is not the VAE of {whose}"
+            raise ValueError(f"--vae: expected {expected}, found {found}")
     return found
 
 

@@ -24,18 +24,14 @@ class DumpConfig:
     """Settings of a store."""
 
     source: str = flag(
-        REQUIRED, "folder of class folders, zip of them, or parquet (folder, file or 'pattern*')", group="images"
+        REQUIRED, "class folders, a zip of them, or parquet (folder, file or 'pattern*')", group="images"
     )
     output_dir: str = flag(REQUIRED, "folder of the store", group="store")
     resolution: int = flag(256, "side of the square crop, in pixels", group="images")
     limit: int | None = flag(None, "take this many images, evenly spaced over the source", group="images")
     skip_corrupt: bool = flag(False, "leave out files that cannot be read, and list them in meta.json", group="images")
-    vae: str = flag(
-        "stabilityai/sd-vae-ft-mse", "AutoencoderKL: hub name, local folder, or file as VA-VAE's", group="vae"
-    )
-    scale: str = flag(
-        "config", "the VAE's own scale and shift, or measured by channel", choices=("config", "auto"), group="vae"
-    )
+    vae: str = flag("stabilityai/sd-vae-ft-mse", "hub name, local folder, or file as VA-VAE's", group="vae")
+    scale: str = flag("config", "the VAE's, or measured by channel", choices=("config", "auto"), group="vae")
     flip: bool = flag(False, "also encode the mirror image of each crop", group="store")
     keep_images: bool = flag(False, "also keep the crops, for external encoders", group="store")
     dtype: str = flag("float32", "dtype of the store", choices=("float32", "float16"), group="store")
@@ -125,17 +121,31 @@ def collate(crops: list[tuple[int, np.ndarray | str]]) -> Batch:
 
 
 @torch.no_grad()
-def start_encoding(vae: torch.nn.Module, crops: Tensor, config: DumpConfig) -> Callable[[], list[np.ndarray]]:
+def start_encoding(vae: torch.nn.Module, crops: Tensor, config: DumpConfig) -> Callable[[], dict[str, np.ndarray]]:
     """Begin to encode crops (b, R, R, 3) uint8; the function returned waits for the result.
 
-    That is their moments (b, 2C, H, W) float32, and where asked for those of their mirror images.
+    That is their moments (b, 2C, H, W) float32, and where asked for those of their mirror images, the flips.
     """
     images = crops.to(vae.device, non_blocking=True)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-        moments = [encode_moments(vae, images)]
+        moments = {"moments": encode_moments(vae, images)}
         if config.flip:
-            moments.append(encode_moments(vae, images.flip(2)))
-    return copy_to_host_async(*moments)
+            moments["flips"] = encode_moments(vae, images.flip(2))
+    wait = copy_to_host_async(*moments.values())
+    return lambda: dict(zip(moments, wait(), strict=True))
+
+
+def remaining(shards: list[tuple[ShardWriter, list[int]]], size: int) -> list[tuple[ShardWriter, list[int], bool]]:
+    """The batches that are left: shard, images, and whether they are its last.
+
+    They are cut from a shard's first image, wherever a killed run had stopped.
+    """
+    return [
+        (shard, indices[begin : begin + size], begin + size >= len(indices))
+        for shard, indices in shards
+        for begin in range(shard.items, len(indices), size)
+        if not shard.closed
+    ]
 
 
 def encode_shards(
@@ -145,13 +155,7 @@ def encode_shards(
 
     DataLoader workers read and crop, a thread writes: the device waits for neither.
     """
-    size = config.batch_size
-    todo = [  # the batches of a shard are cut from its first image, wherever a killed run had stopped
-        (shard, indices[begin : begin + size], begin + size >= len(indices))
-        for shard, indices in shards
-        for begin in range(shard.items, len(indices), size)
-        if not shard.closed
-    ]
+    todo = remaining(shards, config.batch_size)
     loader = DataLoader(
         Crops(source, config.resolution),
         batch_sampler=[indices for _, indices, _ in todo],
@@ -160,55 +164,41 @@ def encode_shards(
         prefetch_factor=4 if config.num_workers else None,
         pin_memory=vae.device.type == "cuda",
     )
+
+    def write(shard: ShardWriter, batch: Batch, last: bool, wait: Callable | None, before: Future | None) -> int:
+        """Wait for a batch's moments and append it to its shard, which is closed with its last one; images done."""
+        if before is not None:
+            before.result()  # nothing may be written behind a batch that was not
+        arrays = {}
+        if wait is not None:
+            arrays = {kind: as_stored(moments, config.dtype) for kind, moments in wait().items()}
+            arrays |= {"images": batch.crops.numpy()} if config.keep_images else {}
+        labels, paths = ([values[index] for index in batch.indices] for values in (source.labels, source.names))
+        skipped = [{"path": source.names[index], "reason": reason} for index, reason in batch.unread]
+        shard.append(len(labels) + len(skipped), arrays, labels, paths, skipped)
+        if last:
+            shard.close()
+        return len(labels) + len(skipped)
+
     total = sum(len(indices) for _, indices in shards)
     done = total - sum(len(indices) for _, indices, _ in todo)
-    with (
-        tqdm(total=total, initial=done, desc="encoding", unit="image", disable=rank > 0, dynamic_ncols=True) as bar,
-        ThreadPoolExecutor(1) as writer,
-    ):
+    bar = tqdm(total=total, initial=done, desc="encoding", unit="image", disable=rank > 0, dynamic_ncols=True)
+    with bar, ThreadPoolExecutor(1) as writer:
         in_flight: deque[Future[int]] = deque()
         for (shard, _, last), batch in zip(todo, loader, strict=True):
             if batch.unread and not config.skip_corrupt:
                 index, reason = batch.unread[0]
-                raise ValueError(
-                    f"expected an image, found {source.names[index]} in {config.source}, which cannot be read "
-                    f"({reason}); replace it, or leave such files out by --skip-corrupt"
-                )
+                found = f"{source.names[index]} in {config.source}, which cannot be read ({reason})"
+                raise ValueError(f"expected an image, found {found}; replace it, or leave such out by --skip-corrupt")
             wait = start_encoding(vae, batch.crops, config) if batch.indices else None
             before = in_flight[-1] if in_flight else None
-            in_flight.append(writer.submit(write, shard, batch, last, wait, source, config, before))
+            in_flight.append(writer.submit(write, shard, batch, last, wait, before))
             if len(in_flight) > 2:
                 bar.update(in_flight.popleft().result())
         for written in in_flight:
             bar.update(written.result())
     for shard, _ in shards:
         shard.close()  # one that was killed between its last batch and its end
-
-
-def write(
-    shard: ShardWriter,
-    batch: Batch,
-    last: bool,
-    wait: Callable[[], list[np.ndarray]] | None,
-    source: Source,
-    config: DumpConfig,
-    before: Future[int] | None,
-) -> int:
-    """Wait for a batch's moments and append it to its shard, which is closed with its last one; images done."""
-    if before is not None:
-        before.result()  # nothing may be written behind a batch that was not
-    arrays = {}
-    if wait is not None:
-        stored = [as_stored(moments, config.dtype) for moments in wait()]
-        arrays = dict(zip(("moments", "flips"), stored, strict=False))
-        arrays |= {"images": batch.crops.numpy()} if config.keep_images else {}
-    labels, paths = ([values[index] for index in batch.indices] for values in (source.labels, source.names))
-    skipped = [{"path": source.names[index], "reason": reason} for index, reason in batch.unread]
-    items = len(labels) + len(skipped)
-    shard.append(items, arrays, labels, paths, skipped)
-    if last:
-        shard.close()
-    return items
 
 
 def as_stored(moments: np.ndarray, dtype: str) -> np.ndarray:  # (b, 2C, H, W) float32 -> the same in `dtype`
@@ -218,10 +208,8 @@ def as_stored(moments: np.ndarray, dtype: str) -> np.ndarray:  # (b, 2C, H, W) f
         ValueError: a value that `dtype` cannot hold.
     """
     if not np.all(np.abs(moments) <= np.finfo(dtype).max):  # catches NaN, too
-        raise ValueError(
-            f"expected moments that {dtype} can hold, found {np.abs(moments).max()}; use --dtype float32 and "
-            f"--mixed-precision no"
-        )
+        most = np.abs(moments).max()
+        raise ValueError(f"{dtype} can hold no moments of {most}; use --dtype float32 and --mixed-precision no")
     return moments.astype(dtype)
 
 
@@ -256,10 +244,8 @@ def open_vae(config: DumpConfig) -> torch.nn.Module:
     vae = load_vae(config.vae, device)
     factor = vae_factor(vae)
     if config.resolution % factor:
-        raise ValueError(
-            f"--resolution: expected a multiple of {factor}, by which {config.vae} reduces images, "
-            f"found {config.resolution}"
-        )
+        expected = f"a multiple of {factor}, by which {config.vae} reduces images"
+        raise ValueError(f"--resolution: expected {expected}, found {config.resolution}")
     if device.type == "cuda" and config.mixed_precision == "bf16":  # for the GPU's matrix units
         vae = vae.to(memory_format=torch.channels_last)
     return vae

@@ -19,24 +19,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ca
 from runtime import cli
 from runtime.cli import REQUIRED, flag
 
+FORMATS = ("repa", "lightningdit")
+
 
 @dataclass(frozen=True)
 class ImportConfig:
     """Settings of an imported store."""
 
-    source: str = flag(
-        REQUIRED, "REPA's folder (with vae-sd/dataset.json), or one of LightningDiT's shards", group="dump"
-    )
-    format: str | None = flag(
-        None, "layout of the source; told from its files unless set", choices=("repa", "lightningdit"), group="dump"
-    )
+    source: str = flag(REQUIRED, "REPA's folder (with vae-sd/dataset.json), or LightningDiT's (shards)", group="dump")
+    format: str | None = flag(None, "layout of the source, if not told from its files", choices=FORMATS, group="dump")
     output_dir: str = flag(REQUIRED, "folder of the store", group="store")
     keep_images: bool = flag(False, "also keep the crops, for external encoders (repa)", group="store")
     dtype: str = flag("float32", "dtype of the store", choices=("float32", "float16"), group="store")
     class_names: str | None = flag(None, "text file with the name of each class, one a line", group="store")
-    vae: str | None = flag(
-        None, "VAE that made the latents: hub name, local folder or file; by default that of the project", group="vae"
-    )
+    vae: str | None = flag(None, "their VAE: hub name, local folder or file; by default the project's", group="vae")
     resolution: int | None = flag(None, "side of the images in pixels; by default the VAE's factor times", group="vae")
     scale: str = flag(
         "recorded",
@@ -45,7 +41,7 @@ class ImportConfig:
         group="vae",
     )
     stats: str | None = flag(
-        None, "lightningdit: file with the mean and std of each channel; by default latents_stats.pt", group="vae"
+        None, "lightningdit: file of each channel's mean and std, not latents_stats.pt", group="vae"
     )
     latent_multiplier: float = flag(1.0, "lightningdit: factor of the latents after that", group="vae")
 
@@ -121,10 +117,9 @@ def open_dump(config: ImportConfig) -> Dump:
     shards = sorted(source.glob("*.safetensors")) if source.is_dir() else []
     found = "repa" if (features / "dataset.json").is_file() else "lightningdit" if shards else None
     if found is None or config.format not in (None, found):
-        raise ValueError(
-            f"--source: expected {'a' if config.format is None else config.format + ' of the'} folder with "
-            f"vae-sd/dataset.json (REPA) or *.safetensors (LightningDiT), found {found or 'neither'} in {source}"
-        )
+        kinds = "vae-sd/dataset.json (REPA) or *.safetensors (LightningDiT)"
+        hint = f" for --format {config.format}" if config.format else ""
+        raise ValueError(f"--source: expected a folder with {kinds}{hint}, found {found or 'neither'} in {source}")
     if found == "repa":
         return open_repa(features, features.parent / "images" if config.keep_images else None)
     if config.keep_images:
@@ -138,17 +133,14 @@ def open_repa(features: Path, images: Path | None) -> Dump:
     try:
         labels = {str(name): label for name, label in json.loads((features / "dataset.json").read_text())["labels"]}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f'expected {{"labels": [[file, class], ...]}} in {features / "dataset.json"}, found another form'
-        ) from error
+        form = '{"labels": [[file, class], ...]}'
+        raise ValueError(f"expected {form} in {features / 'dataset.json'}, found another form") from error
     files = sorted(path.relative_to(features).as_posix() for path in features.rglob("*.npy"))
     if set(files) != set(labels):
-        without = sorted(set(files) - set(labels)) or sorted(set(labels) - set(files))
-        kind = "a file without a label" if set(files) - set(labels) else "a label without its file"
-        raise ValueError(
-            f"expected as many .npy files in {features} as labels in dataset.json, found {len(files)} and "
-            f"{len(labels)}; {kind}: {without[0]}"
-        )
+        alone = sorted(set(files) ^ set(labels))[0]
+        kind = "a file without a label" if alone not in labels else "a label without its file"
+        found = f"found {len(files)} and {len(labels)}; {kind}: {alone}"
+        raise ValueError(f"expected as many .npy files in {features} as labels in dataset.json, {found}")
     if not files:
         raise ValueError(f"expected .npy files in {features}, found none")
     for name in files:
@@ -241,10 +233,8 @@ def _read_shard(path: Path) -> tuple[np.ndarray, tuple[int, ...], bool]:
         found = f"{labels.dtype} {tuple(labels.shape)}"
         raise ValueError(f"expected classes counted from 0 as labels in {path}, found {found}")
     if len(shape) != 4 or shape[0] != len(labels) or mirrored not in (None, shape):
-        raise ValueError(
-            f"expected as many latents (n, C, H, W) as labels in {path}, found latents {shape}, mirrored "
-            f"{mirrored}, labels {tuple(labels.shape)}"
-        )
+        found = f"latents {shape}, mirrored {mirrored}, labels {tuple(labels.shape)}"
+        raise ValueError(f"expected as many latents (n, C, H, W) as labels in {path}, found {found}")
     return labels.numpy().astype(np.int64), shape[1:], mirrored is not None
 
 
@@ -273,10 +263,8 @@ def recorded_scale(config: ImportConfig, dump: Dump) -> tuple[LatentScale, str]:
         raise ValueError(f"--stats: expected tensors `mean` and `std`, found another content in {path}") from error
     channels = dump.latent_shape[0]
     if not len(mean) == len(std) == channels or min(std) <= 0:
-        raise ValueError(
-            f"--stats: expected {channels} means and positive stds, one for each channel of the latents, found "
-            f"{len(mean)} and {len(std)} in {path}"
-        )
+        found = f"{len(mean)} and {len(std)} in {path}"
+        raise ValueError(f"--stats: expected {channels} means and positive stds, one a channel, found {found}")
     return LatentScale(tuple(config.latent_multiplier / value for value in std), tuple(mean)), path.name
 
 
@@ -350,18 +338,14 @@ def read_rows(dump: Dump, begin: int, end: int, dtype: str) -> dict[str, np.ndar
     """Rows [begin, end) of the source, once it is sure that a store of that type can hold them."""
     arrays = dump.read(begin, end)
     if (np.split(arrays["moments"], 2, axis=1)[1] < 0).any():
-        raise ValueError(
-            f"expected means and then stds in the latents, found negative ones from {dump.names[begin]} on; are they "
-            f"log-variances?"
-        )
+        place = f"from {dump.names[begin]} on"
+        raise ValueError(f"expected means and then stds, found negative ones {place}; are they log-variances?")
     for kind in set(arrays) - {"images"}:
         held = (np.abs(arrays[kind]) <= np.finfo(dtype).max).all(axis=(1, 2, 3))  # false for NaN, too
         if not held.all():
             name = dump.names[begin + int(held.argmin())]
-            raise ValueError(
-                f"expected finite latents that {dtype} can hold, found others in {name} of the source; mend it, or use "
-                f"--dtype float32"
-            )
+            fix = "mend it, or use --dtype float32"
+            raise ValueError(f"expected finite latents that {dtype} can hold, found others in {name}; {fix}")
     return arrays
 
 

@@ -1,6 +1,11 @@
 """Where images come from: class folders, a zip of them, or parquet files.
 
-A source lists its images once, in one order on every machine, and reads the bytes of any of them.
+A source lists its images once, in one order on every machine, and reads the bytes of any of them. Each has
+
+    names        one per image, unique, relative to the source
+    labels       class ids, in the order of `names`
+    class_names  by class id
+    read(index)  the bytes of an encoded image
 """
 
 from __future__ import annotations
@@ -10,7 +15,6 @@ import json
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 import numpy as np
 import pyarrow
@@ -19,24 +23,6 @@ from pyarrow import parquet
 from runtime.images import EXTENSIONS, image_names, is_hidden, is_image
 
 MAX_FILE_BYTES = 2**30  # of a packed file: more would fill the memory before anything could be said of it
-
-
-class Source(Protocol):
-    """Images with labels.
-
-    Attributes:
-        names: one per image, unique, relative to the source.
-        labels: class ids, in the order of `names`.
-        class_names: by class id.
-    """
-
-    names: list[str]
-    labels: list[int]
-    class_names: list[str]
-
-    def read(self, index: int) -> bytes:
-        """The encoded image number `index`."""
-        ...
 
 
 def open_source(location: str | Path) -> Source:
@@ -65,9 +51,9 @@ def _by_class(names: list[str], location: Path) -> tuple[list[int], list[str]]:
         raise ValueError(f"--source: expected images ({' '.join(sorted(EXTENSIONS))}), found none in {location}")
     loose = [name for name in names if "/" not in name]
     if loose:
+        fix = "put each class into a folder of its own (one folder will do for images without classes)"
         raise ValueError(
-            f"--source: expected class folders in {location}, found no class folder around {loose[0]}; "
-            f"put each class into a folder of its own (one folder will do for images without classes)"
+            f"--source: expected class folders in {location}, found no class folder around {loose[0]}; {fix}"
         )
     class_names = sorted({name.split("/", 1)[0] for name in names})
     ids = {class_name: label for label, class_name in enumerate(class_names)}
@@ -167,16 +153,12 @@ class ParquetSource:
 def _check_one_split(files: list[Path]) -> None:
     folders = sorted({str(file.parent) for file in files})
     if len(folders) > 1:
-        raise ValueError(
-            f"--source: expected parquet files of one folder, found those of {len(folders)}, which may be splits: "
-            f"{folders[0]}, {folders[1]}; give one of them"
-        )
+        found = f"{len(folders)}, which may be splits: {folders[0]}, {folders[1]}; give one of them"
+        raise ValueError(f"--source: expected parquet files of one folder, found those of {found}")
     splits = sorted({file.name.split("-")[0] for file in files if "-of-" in file.name})
     if len(splits) > 1:
-        raise ValueError(
-            f"--source: expected parquet files of one split, found {', '.join(splits)}; "
-            f"name one by a pattern, such as '{folders[0]}/{splits[0]}-*.parquet'"
-        )
+        found = f"{', '.join(splits)}; name one by a pattern, such as '{folders[0]}/{splits[0]}-*.parquet'"
+        raise ValueError(f"--source: expected parquet files of one split, found {found}")
 
 
 def _open_parquet(path: Path) -> tuple[parquet.ParquetFile, list]:
@@ -189,9 +171,8 @@ def _open_parquet(path: Path) -> tuple[parquet.ParquetFile, list]:
         return file, file.read(columns=["label"]).column("label").to_pylist()
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"--source: expected parquet with columns image (struct with bytes) and label, found {path} ({reason})"
-        ) from error
+        columns = "columns image (struct with bytes) and label"
+        raise ValueError(f"--source: expected parquet with {columns}, found {path} ({reason})") from error
 
 
 def _hub_class_names(metadata: dict[bytes, bytes]) -> list[str]:
@@ -200,3 +181,6 @@ def _hub_class_names(metadata: dict[bytes, bytes]) -> list[str]:
         return list(json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"])
     except (KeyError, TypeError, ValueError):
         return []
+
+
+Source = FolderSource | ZipSource | ParquetSource

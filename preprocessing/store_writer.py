@@ -24,6 +24,9 @@ from runtime import provenance
 from runtime.files import Field, read_record, sha256, to_checksummed_json, write_at, write_atomically
 
 Config = TypeVar("Config")
+Arrays = dict[str, np.ndarray]  # by kind
+Shapes = dict[str, tuple[int, ...]]
+Fields = Mapping[str, Field]
 
 
 def shard_size(count: int) -> int:
@@ -68,14 +71,7 @@ class LatentStoreWriter:
         ValueError: the directory was begun with other settings, or holds something else.
     """
 
-    def __init__(
-        self,
-        directory: str | Path,
-        settings: dict[str, Any],
-        shapes: dict[str, tuple[int, ...]],
-        dtype: str,
-        fields: Mapping[str, Field] | None = None,
-    ):
+    def __init__(self, directory: str | Path, settings: dict, shapes: Shapes, dtype: str, fields: Fields | None = None):
         self.directory, self.settings, self.shapes, self.dtype = Path(directory), settings, shapes, dtype
         self.records = self.directory / "partial"
         if self.directory.exists() and not self.directory.is_dir():
@@ -180,14 +176,7 @@ class ShardWriter:
         self.items = sum(batch["items"] for batch in self.batches)
         self.rows = sum(len(batch["labels"]) for batch in self.batches)
 
-    def append(
-        self,
-        items: int,
-        arrays: dict[str, np.ndarray],
-        labels: Sequence[int],
-        paths: Sequence[str],
-        skipped: Sequence[dict] = (),
-    ) -> None:
+    def append(self, items: int, arrays: Arrays, labels: list[int], paths: list[str], skipped: Sequence = ()) -> None:
         """Add a batch: `items` source items, of which those in `skipped` have no row.
 
         Args:
