@@ -1,4 +1,4 @@
-"""From sets of images to named results: which metric needs what, the reference, and the figures.
+"""From sets of images to named metrics: which metric needs what, the reference, and the record of the result.
 
 Names never pass one network's distance off as another's: "fid", "sfid" and "is" are the ADM suite's Inception network
 alone; others carry their network's name.
@@ -6,13 +6,21 @@ alone; others carry their network's name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
 
 from evaluations import metrics
-from evaluations.images import NpzImages, StoredStatistics, open_images, prefetched
+from evaluations.feature_stats import FeatureStatistics
+from evaluations.images import DirectoryImages, NpzImages, StoredStatistics, StoreImages, open_images, prefetched
+from evaluations.networks import FeatureNetwork
+
+Source = NpzImages | DirectoryImages | StoreImages | StoredStatistics
 
 # Of each network: a metric's name -> what is computed and on which layer.
 METRICS = {
@@ -24,33 +32,19 @@ METRICS = {
         "recall": ("recall", "pool"),
         "kid": ("kid", "pool"),
     },
-    "random": {
-        "random-frechet": ("frechet", "pool"),
-        "random-spatial-frechet": ("frechet", "spatial"),
-        "random-precision": ("precision", "pool"),
-        "random-recall": ("recall", "pool"),
-        "random-kid": ("kid", "pool"),
-    },
-    "dinov2": {
-        "fd-dinov2": ("frechet", "pool"),
-        "dinov2-precision": ("precision", "pool"),
-        "dinov2-recall": ("recall", "pool"),
-        "dinov2-kid": ("kid", "pool"),
-    },
-    "vae": {
-        "vae-frechet": ("frechet", "pool"),
-        "vae-precision": ("precision", "pool"),
-        "vae-recall": ("recall", "pool"),
-        "vae-kid": ("kid", "pool"),
-    },
+    "random": {"random-frechet": ("frechet", "pool"), "random-spatial-frechet": ("frechet", "spatial")},
+    "dinov2": {"fd-dinov2": ("frechet", "pool")},
+    "vae": {"vae-frechet": ("frechet", "pool")},
 }
+for _network in ("random", "dinov2", "vae"):
+    METRICS[_network] |= {f"{_network}-{kind}": (kind, "pool") for kind in ("precision", "recall", "kid")}
 FULL_COUNT = 50_000  # samples of published values
 REFERENCE_COUNT = 10_000  # images of the 256 x 256 reference
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What determines the figures, apart from the images and the networks.
+    """What determines the metrics, apart from the images and the networks.
 
     Attributes:
         metrics: names from `METRICS`; empty for all but KID of the chosen networks.
@@ -69,14 +63,16 @@ class Settings:
     stored: bool = True
 
 
-def chosen(names: Iterable[str], features: Iterable[str], reference: bool, saving: bool = False) -> tuple[str, ...]:
+def choose_metrics(
+    names: Iterable[str], features: Iterable[str], reference: bool, saving: bool = False
+) -> tuple[str, ...]:
     """The metrics to compute: `names`, or all but KID (without a reference: the inception score) of these networks.
 
     Args:
         names: asked for; may be empty.
         features: names of the networks.
         reference: whether there is one.
-        saving: whether statistics are wanted beside metrics, so that none is a choice.
+        saving: whether statistics are wanted beside metrics, so that no metric at all is a choice.
 
     Raises:
         ValueError: a name that none of the networks has, or that needs a reference; nothing to do.
@@ -110,15 +106,15 @@ class Evaluation:
         evaluation = Evaluation([load_network("inception")], "VIRTUAL_imagenet256_labeled.npz", Settings())
         for images, positions in ...:
             evaluation.update(images, positions)
-        figures = evaluation.finish()
+        values = evaluation.finish()
 
-    Under `torch.distributed` every process makes one, updates it with images of its own, and calls `finish`.
+    Under `torch.distributed` every rank makes one, updates it with images of its own, and calls `finish`.
 
     Args:
-        networks: `features.FeatureNetwork` objects, each name once.
+        networks: each name once.
         reference: path, or `None` for metrics that need none. It is measured at once, before any slow sampling.
         settings: see there.
-        progress: show bars (on one process).
+        progress: show bars (on rank 0).
         saving: keep what any metric of the networks needs of the samples, to be written by `FeatureStatistics.arrays`.
 
     Raises:
@@ -126,16 +122,22 @@ class Evaluation:
     """
 
     def __init__(
-        self, networks: Iterable, reference: str | None, settings: Settings, progress: bool = True, saving: bool = False
+        self,
+        networks: Iterable[FeatureNetwork],
+        reference: str | None,
+        settings: Settings,
+        progress: bool = True,
+        saving: bool = False,
     ):
         self.settings, self.progress = settings, progress
         self.networks = {network.name: network for network in networks}
-        self.names = chosen(settings.metrics, self.networks, reference is not None, saving)
+        self.names = choose_metrics(settings.metrics, self.networks, reference is not None, saving)
+        self.kinds = {METRICS[network][name][0] for network in self.networks for name in self._of(network)}
         self.samples = self._empty(every=saving)
+        # Measure the reference.
         self.source = open_images(reference) if reference else None
-        kinds = {METRICS[network][name][0] for network in self.networks for name in self._of(network)}
         count = self.source.count if self.source else 0
-        if 0 < count <= settings.k and kinds & {"precision", "recall"}:
+        if 0 < count <= settings.k and self.kinds & {"precision", "recall"}:
             raise ValueError(
                 f"expected at least k + 1 = {settings.k + 1} reference images, found {count} in {reference}; fix: "
                 "choose other metrics"
@@ -147,9 +149,7 @@ class Evaluation:
         """Forget the samples, not the reference: for another set of them."""
         self.samples = self._empty()
 
-    def _empty(self, of_reference: bool = False, every: bool = False) -> dict:
-        from evaluations.feature_stats import FeatureStatistics
-
+    def _empty(self, of_reference: bool = False, every: bool = False) -> dict[str, FeatureStatistics]:
         return {
             name: FeatureStatistics(
                 network, *required_layers(METRICS[name] if every else self.names, name, of_reference)
@@ -157,14 +157,17 @@ class Evaluation:
             for name, network in self.networks.items()
         }
 
-    def update(self, images, positions: Iterable[int] | None = None) -> None:
+    def _of(self, network: str) -> tuple[str, ...]:
+        return tuple(name for name in self.names if name in METRICS[network])
+
+    def update(self, images: Tensor | np.ndarray, positions: Iterable[int] | None = None) -> None:
         """Add images (B, H, W, 3), uint8 or floating in 0..255, with their places (B,) in file order."""
         positions = None if positions is None else list(positions)
         for statistics in self.samples.values():
             statistics.update(images, positions)
 
-    def measure(self, sets: dict, source, title: str) -> list[str]:
-        """Fill `sets` from a source's stored statistics and, for the rest, from this process's share of its images.
+    def measure(self, sets: dict[str, FeatureStatistics], source: Source, title: str) -> list[str]:
+        """Fill `sets` from a source's stored statistics and, for the rest, from this rank's share of its images.
 
         Returns:
             the arrays that were taken from the file instead of being computed.
@@ -179,20 +182,22 @@ class Evaluation:
                 f"expected images, or what the metrics need of {missing}, in {source.path}, found "
                 f"{', '.join(source.members)}; fix: choose other --metrics, or give the images"
             )
-        rank, processes = _process()
-        start, stop = (source.count * part // processes for part in (rank, rank + 1))
+        # Measure this rank's images.
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        start, stop = (source.count * part // world_size for part in (rank, rank + 1))
         position = start
-        for batch in self._bar(prefetched(source.batches(start, stop, self.settings.batch_size)), stop - start, title):
-            for statistics in rest:
-                statistics.update(batch, range(position, position + len(batch)))
-            position += len(batch)
+        shown = self.progress and rank == 0
+        with tqdm(total=stop - start, desc=title, unit="image", disable=not shown) as bar:
+            for batch in prefetched(source.batches(start, stop, self.settings.batch_size)):
+                for statistics in rest:
+                    statistics.update(batch, range(position, position + len(batch)))
+                position += len(batch)
+                bar.update(len(batch))
         for statistics in rest:
             statistics.gather()
         return stored
 
-    def _take_stored(self, statistics, source) -> list[str]:
-        from evaluations.feature_stats import MOMENT_NAMES
-
+    def _take_stored(self, statistics: FeatureStatistics, source: Source) -> list[str]:
         network = statistics.network
         if isinstance(source, StoredStatistics):
             if (source.features, source.weights) != (network.name, network.digest):
@@ -203,45 +208,60 @@ class Evaluation:
                 )
         elif not (isinstance(source, NpzImages) and network.name == "inception" and self.settings.stored):
             return []
-        taken = []
-        for layer in statistics.wanted():
-            names = MOMENT_NAMES.get(layer, ())
-            if names and set(names) <= set(source.members) and statistics.wants_moments(layer):
-                mean, covariance = (np.asarray(source.array(name), dtype=np.float64) for name in names)
-                _check_moments(mean, covariance, layer, source.path)
-                statistics.set_moments(layer, mean, covariance)
-                taken += names
-            if isinstance(source, StoredStatistics) and layer in source.members and statistics.keeps(layer):
-                statistics.set_kept(layer, source.array(layer))
-                taken.append(layer)
-        return taken
-
-    def _bar(self, batches: Iterator[np.ndarray], count: int, title: str) -> Iterator[np.ndarray]:
-        from tqdm import tqdm
-
-        shown = self.progress and _process()[0] == 0
-        with tqdm(total=count, desc=title, unit="image", disable=not shown) as bar:
-            for batch in batches:
-                yield batch
-                bar.update(len(batch))
+        return statistics.take_stored(source)
 
     def finish(self) -> dict[str, float] | None:
-        """Gather, and compute each metric: {name: value} on process 0, `None` on the others."""
+        """Gather, and compute each metric: {name: value} on rank 0, `None` on the others."""
         for statistics in self.samples.values():
             statistics.gather()
-        if _process()[0]:
+        if dist.is_initialized() and dist.get_rank():
             return None
-        figures = {}
+        values = {}
         for name in self.networks:
-            figures |= compute_metrics(self.samples[name], self.references.get(name), self._of(name), self.settings)
-        return {name: figures[name] for name in self.names}
+            values |= compute_metrics(self.samples[name], self.references.get(name), self._of(name), self.settings)
+        return {name: values[name] for name in self.names}
 
-    def _of(self, network: str) -> tuple[str, ...]:
-        return tuple(name for name in self.names if name in METRICS[network])
+    def record(self, values: dict[str, float], samples: dict[str, Any], labels: np.ndarray | None) -> dict[str, Any]:
+        """What `metrics.json` holds of a measurement. Its writer adds how the samples were made ("sampling").
+
+        Args:
+            values: from `finish`.
+            samples: where they are from, as `describe_source` says it; at least "count" and "kind".
+            labels: class (N,) of each sample in file order, if known.
+        """
+        reference = self.source and describe_source(self.source, self.reference_stored)
+        neighbors = self.source.count if self.source and self.kinds & {"precision", "recall"} else None
+        warnings = warnings_about(samples["count"], labels, neighbors, "score" in self.kinds)
+        sizes = samples.get("size"), reference and reference["size"]
+        if None not in sizes and sizes[0] != sizes[1]:
+            (height, width), (reference_height, reference_width) = sizes
+            warnings.append(f"samples are {width} x {height}, the reference is {reference_width} x {reference_height}")
+        return {
+            "metrics": values,
+            "samples": samples,
+            "reference": reference,
+            "features": {name: {"weights_sha256": network.digest} for name, network in self.networks.items()},
+            "settings": asdict(self.settings) | {"device": str(next(iter(self.networks.values())).device)},
+            "warnings": warnings,
+        }
 
 
-def compute_metrics(samples, reference, names: Iterable[str], settings: Settings) -> dict[str, float]:
-    """Named figures from two `FeatureStatistics` of one network.
+def describe_source(source: Source, stored: list[str]) -> dict[str, Any]:
+    """Path, kind, count, size, digest, and which arrays were taken as they stand in the file."""
+    return {
+        "path": str(source.path),
+        "kind": source.kind,
+        "count": source.count,
+        "size": source.size and list(source.size),
+        "sha256": source.digest(),
+        "stored": stored,
+    }
+
+
+def compute_metrics(
+    samples: FeatureStatistics, reference: FeatureStatistics | None, names: Iterable[str], settings: Settings
+) -> dict[str, float]:
+    """Named metrics from statistics of one network.
 
     Args:
         samples: of the samples, gathered.
@@ -249,53 +269,34 @@ def compute_metrics(samples, reference, names: Iterable[str], settings: Settings
         names: from `METRICS[samples.network.name]`.
         settings: distance, k and split size are taken from here.
     """
-    figures = {}
+    values = {}
     pair = None  # precision and recall come together
     for name in names:
         kind, layer = METRICS[samples.network.name][name]
         if kind == "frechet":
-            figures[name] = metrics.frechet_distance(*reference.moments(layer), *samples.moments(layer))
+            values[name] = metrics.frechet_distance(*reference.moments(layer), *samples.moments(layer))
         elif kind == "score":
-            figures[name] = metrics.inception_score(samples.kept(layer), settings.split_size)
+            values[name] = metrics.inception_score(samples.kept(layer), settings.split_size)
         elif kind == "kid":
-            figures[name] = metrics.kid(reference.kept(layer), samples.kept(layer))
+            values[name] = metrics.kid(reference.kept(layer), samples.kept(layer))
         else:
             if pair is None:
                 sets = reference.kept(layer), samples.kept(layer)
                 pair = metrics.precision_recall(*sets, k=settings.k, distance=settings.distance)
-            figures[name] = pair[("precision", "recall").index(kind)]
-    return figures
-
-
-def _check_moments(mean: np.ndarray, covariance: np.ndarray, layer: str, path) -> None:
-    if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
-        raise ValueError(
-            f"expected a mean (D,) and a covariance (D, D) of {layer} features in {path}, found {mean.shape}, "
-            f"{covariance.shape}"
-        )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError(f"expected finite statistics in {path}, found NaN or infinity")
-
-
-def _process() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+            values[name] = pair[("precision", "recall").index(kind)]
+    return values
 
 
 def warnings_about(
     samples_count: int, labels: np.ndarray | None, reference_count: int | None, has_score: bool
 ) -> list[str]:
-    """What a reader of the figures must know.
+    """What a reader of the metrics must know.
 
     Args:
         samples_count: images measured.
         labels: class (N,) of each in file order, if known.
         reference_count: images of the reference that precision and recall were computed with, if they were.
-        has_score: whether the inception score is among the figures.
+        has_score: whether the inception score is among the metrics.
     """
     warnings = []
     if samples_count < FULL_COUNT:

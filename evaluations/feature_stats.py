@@ -1,4 +1,4 @@
-"""Features of many images, and their statistics, gathered batch by batch over one process or several.
+"""Statistics of the features of many images, updated batch by batch on one process or several.
 
 Features are float32; means and covariances are float64.
 
@@ -8,39 +8,17 @@ Shapes: B images of a batch, N of all, D the width of a feature.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from evaluations.networks import FeatureNetwork, inception_features
-
-if TYPE_CHECKING:
-    from torch_fidelity import FeatureExtractorInceptionV3
-
-
-def extract_features(
-    images: Iterable[np.ndarray | torch.Tensor], network: FeatureNetwork | FeatureExtractorInceptionV3
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pool features, spatial features and logits of all images, from one pass.
-
-    Args:
-        images: batches (B, H, W, 3), uint8 or floating in 0..255.
-        network: from `load_network("inception", ...)`, or torch-fidelity's module itself.
-
-    Returns:
-        pool (N, 2048), spatial (N, 2023) in H W C order, logits without bias (N, 1008), all float32.
-    """
-    if isinstance(network, torch.nn.Module):
-        network = inception_features("inception", network, digest="", device=next(network.parameters()).device)
-    batches = [{layer: value.cpu() for layer, value in network(batch).items()} for batch in images]
-    if not batches:
-        raise ValueError("expected at least one batch of images, found none")
-    pool, spatial, logits = (torch.cat([batch[layer] for batch in batches]) for layer in ("pool", "spatial", "logits"))
-    return pool.numpy(), spatial.numpy(), logits.numpy()
+from evaluations.images import MOMENT_NAMES, NpzImages, StoredStatistics
+from evaluations.networks import FeatureNetwork
 
 
-class _Moments:
+class Moments:
     """Mean (D,) and scatter (D, D), the sum of outer products about the mean, in float64, updated as batches come.
 
     Pairwise updates (Chan, Golub, LeVeque, 1983): no difference of large sums, whatever the mean. Batches wait until
@@ -51,18 +29,17 @@ class _Moments:
 
     def __init__(self, width: int, device: torch.device):
         self.count = 0
-        self.waiting: list[torch.Tensor] = []
+        self.waiting: list[Tensor] = []
         self.mean = torch.zeros(width, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
 
-    def update(self, features: torch.Tensor) -> None:
-        """Add features (B, D)."""
+    def update(self, features: Tensor) -> None:  # (B, D)
         self.waiting.append(features)
         if sum(map(len, self.waiting)) >= self.ROWS:
             self.flush()
 
     def flush(self) -> None:
-        """Take in what waits."""
+        """Add the batches that wait."""
         if not self.waiting:
             return
         features = torch.cat(self.waiting).double()  # (n, D)
@@ -70,14 +47,14 @@ class _Moments:
         mean = features.mean(dim=0)  # (D,)
         centred = features - mean  # (n, D)
         self.scatter.addmm_(centred.T, centred)
-        self._move(len(features), mean)
+        self._add_mean(len(features), mean)
 
-    def merge(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        """Add what another process has."""
-        self.scatter += scatter
-        self._move(count, mean)
+    def merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        """Add what another rank has."""
+        self.scatter += scatter.to(self.mean.device)
+        self._add_mean(count, mean.to(self.mean.device))
 
-    def _move(self, count: int, mean: torch.Tensor) -> None:
+    def _add_mean(self, count: int, mean: Tensor) -> None:
         total = self.count + count
         gap = mean - self.mean  # (D,)
         self.scatter.addr_(gap, gap, alpha=self.count * count / total)
@@ -86,10 +63,10 @@ class _Moments:
 
 
 class FeatureStatistics:
-    """What metrics need of a set of images, gathered batch by batch: moments of some layers, features of others.
+    """What metrics need of a set of images: moments of some layers, features of others.
 
-    Several processes each update their own with the images they have, then all call `gather`. `positions` are places in
-    file order; kept features come out in that order whoever computed them, so that the splits of the inception score
+    Several ranks each update their own with the images they have, then all call `gather`. `positions` are places in
+    file order; features come out in that order whichever rank computed them, so that the splits of the inception score
     are those of one process.
 
     Args:
@@ -100,15 +77,45 @@ class FeatureStatistics:
 
     def __init__(self, network: FeatureNetwork, moments: Iterable[str] = (), keep: Iterable[str] = ()):
         self.network = network
+        # Of images.
         self.count = 0
-        self._moments: dict[str, _Moments | None] = dict.fromkeys(moments)
-        self._stored_moments: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self._stored_features: dict[str, np.ndarray] = {}
+        self._moments: dict[str, Moments | None] = dict.fromkeys(moments)
         self._positions: list[np.ndarray] = []
         self._kept: dict[str, list[np.ndarray]] = {layer: [] for layer in keep}
+        # Of a file, in their place.
+        self._stored_moments: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._stored_features: dict[str, np.ndarray] = {}
+
+    def wanted(self) -> list[str]:
+        """Layers that images are needed for: those asked for and not taken from a file."""
+        return list(dict.fromkeys([*self._moments, *self._kept]))
+
+    def take_stored(self, source: NpzImages | StoredStatistics) -> list[str]:
+        """Take what a file holds of the wanted layers, for which images are then no longer needed.
+
+        Returns:
+            the names of the arrays that were taken.
+
+        Raises:
+            ValueError: arrays that do not fit, or that are not finite.
+        """
+        taken = []
+        for layer in self.wanted():
+            names = MOMENT_NAMES.get(layer, ())
+            if names and set(names) <= set(source.members) and layer in self._moments:
+                mean, covariance = (np.asarray(source.array(name), dtype=np.float64) for name in names)
+                _check_moments(mean, covariance, layer, source)
+                del self._moments[layer]
+                self._stored_moments[layer] = mean, covariance
+                taken += names
+            if isinstance(source, StoredStatistics) and layer in source.members and layer in self._kept:
+                del self._kept[layer]
+                self._stored_features[layer] = source.array(layer)
+                taken.append(layer)
+        return taken
 
     @torch.inference_mode()
-    def update(self, images: torch.Tensor | np.ndarray, positions: Iterable[int] | None = None) -> None:
+    def update(self, images: Tensor | np.ndarray, positions: Iterable[int] | None = None) -> None:
         """Run the network on images (B, H, W, 3), uint8 or floating in 0..255, and add the result.
 
         Args:
@@ -120,7 +127,7 @@ class FeatureStatistics:
         features = self.network(images)
         for layer, moments in self._moments.items():
             if moments is None:
-                self._moments[layer] = moments = _Moments(features[layer].shape[1], features[layer].device)
+                self._moments[layer] = moments = Moments(features[layer].shape[1], features[layer].device)
             moments.update(features[layer])
         for layer, chunks in self._kept.items():
             chunks.append(features[layer].cpu().numpy())
@@ -131,49 +138,42 @@ class FeatureStatistics:
 
     @torch.inference_mode()
     def gather(self) -> None:
-        """Bring everything to process 0. All processes of `torch.distributed` call it; alone, it does nothing."""
-        dist = torch.distributed
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        """Bring everything to rank 0. All ranks of `torch.distributed` call it; on one process it does nothing."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
             return
         group = dist.new_group(backend="gloo")  # these are host arrays, whatever the default group is for
-        rank = dist.get_rank()
-
-        def pass_on(tensor: torch.Tensor, sender: int) -> torch.Tensor:
-            tensor = tensor.contiguous()
-            dist.send(tensor, 0, group=group) if rank else dist.recv(tensor, sender, group=group)
-            return tensor
-
-        for sender in range(1, dist.get_world_size()):
-            if rank not in (0, sender):
-                continue
-            count = int(pass_on(torch.tensor([self.count]), sender))
-            if not count:
-                continue
-            for layer, own in list(self._moments.items()):
-                width = int(pass_on(torch.tensor([own.mean.numel() if own else 0]), sender))
-                other = own if rank else _Moments(width, torch.device("cpu"))
-                other.flush()
-                mean, scatter = pass_on(other.mean.cpu(), sender), pass_on(other.scatter.cpu(), sender)
-                if rank == 0:
-                    self._moments[layer] = own = own or _Moments(width, self.network.device)
-                    own.merge(count, mean.to(own.mean.device), scatter.to(own.mean.device))
-            positions = np.concatenate(self._positions) if rank else np.empty(count, dtype=np.int64)
-            positions = pass_on(torch.from_numpy(positions), sender).numpy()
-            for chunks in self._kept.values():
-                own = torch.from_numpy(np.concatenate(chunks)) if rank else None
-                width = int(pass_on(torch.tensor([own.shape[1] if rank else 0]), sender))
-                features = pass_on(own if rank else torch.empty(count, width), sender).numpy()
-                if rank == 0:
-                    chunks.append(features)
-            if rank == 0:
-                self._positions.append(positions)
-                self.count += count
-        if rank:  # all of it is process 0's now: a second call brings nothing twice
-            self.count, self._positions = 0, []
-            self._moments = dict.fromkeys(self._moments)
-            self._kept = {layer: [] for layer in self._kept}
+        if dist.get_rank():
+            dist.send_object_list([self._take_all()], 0, group=group)
+        else:
+            for sender in range(1, dist.get_world_size()):
+                received = [None]
+                dist.recv_object_list(received, sender, group=group)
+                self._merge(*received[0])
         dist.barrier(group=group)
         dist.destroy_process_group(group)
+
+    def _take_all(self) -> tuple[int, list[np.ndarray], dict[str, tuple[int, Tensor, Tensor]], dict[str, list]]:
+        """What `_merge` adds, of which nothing stays here: a second `gather` brings nothing twice."""
+        sums = {}
+        for layer, moments in self._moments.items():
+            if moments is not None:
+                moments.flush()
+                sums[layer] = moments.count, moments.mean.cpu(), moments.scatter.cpu()
+        everything = self.count, self._positions, sums, self._kept
+        self.count, self._positions = 0, []
+        self._moments = dict.fromkeys(self._moments)
+        self._kept = {layer: [] for layer in self._kept}
+        return everything
+
+    def _merge(self, count: int, positions: list, sums: dict[str, tuple], kept: dict[str, list]) -> None:
+        self.count += count
+        self._positions += positions
+        for layer, (images, mean, scatter) in sums.items():
+            if self._moments[layer] is None:
+                self._moments[layer] = Moments(len(mean), self.network.device)
+            self._moments[layer].merge(images, mean, scatter)
+        for layer, chunks in kept.items():
+            self._kept[layer] += chunks
 
     @torch.inference_mode()
     def moments(self, layer: str) -> tuple[np.ndarray, np.ndarray]:
@@ -187,28 +187,6 @@ class FeatureStatistics:
             raise ValueError(f"expected at least 2 images for a covariance, found {self.count}; fix: give more images")
         return moments.mean.cpu().numpy(), (moments.scatter / (moments.count - 1)).cpu().numpy()
 
-    def wanted(self) -> list[str]:
-        """Layers that images are needed for: those asked for and not set from a file."""
-        return list(dict.fromkeys([*self._moments, *self._kept]))
-
-    def wants_moments(self, layer: str) -> bool:
-        """Whether mean and covariance of this layer are to be computed from images."""
-        return layer in self._moments
-
-    def keeps(self, layer: str) -> bool:
-        """Whether features of this layer are to be computed from images."""
-        return layer in self._kept
-
-    def set_moments(self, layer: str, mean: np.ndarray, covariance: np.ndarray) -> None:
-        """Take moments that were computed before; images no longer count for them."""
-        del self._moments[layer]
-        self._stored_moments[layer] = (mean, covariance)
-
-    def set_kept(self, layer: str, features: np.ndarray) -> None:
-        """Take features (N, D), in file order, that were computed before; images no longer count for them."""
-        del self._kept[layer]
-        self._stored_features[layer] = features
-
     def kept(self, layer: str) -> np.ndarray:
         """Features (N, D) float32 in file order.
 
@@ -219,13 +197,12 @@ class FeatureStatistics:
             return self._stored_features[layer]
         if not self.count:
             raise ValueError("expected images, found none")
-        self._sort()
+        if len(self._positions) > 1:
+            self._sort()
         return self._kept[layer][0]
 
     def _sort(self) -> None:
         """Join the chunks of each kept layer in file order; each chunk is freed as soon as it is copied."""
-        if len(self._positions) <= 1:
-            return
         positions = np.concatenate(self._positions)
         order = np.argsort(positions, kind="stable")
         if (np.diff(positions[order]) == 0).any():
@@ -243,16 +220,22 @@ class FeatureStatistics:
         self._positions = [positions[order]]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything as named arrays, as `--save-stats` writes it; the moments' names are those of ADM's files."""
-        arrays = {
-            "features": np.array(self.network.name),
-            "digest": np.array(self.network.digest),
-            "count": np.array(self.count),
-        }
+        """Everything as named arrays, which `images.STATISTICS` defines."""
+        arrays = {"features": self.network.name, "digest": self.network.digest, "count": self.count}
+        arrays = {name: np.array(value) for name, value in arrays.items()}
         for layer, (mean, covariance) in MOMENT_NAMES.items():
             if layer in self._moments or layer in self._stored_moments:
                 arrays[mean], arrays[covariance] = self.moments(layer)
         return arrays | {layer: self.kept(layer) for layer in (*self._kept, *self._stored_features)}
 
 
-MOMENT_NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # of a layer's mean and covariance in a file
+def _check_moments(
+    mean: np.ndarray, covariance: np.ndarray, layer: str, source: NpzImages | StoredStatistics
+) -> None:  # (D,), (D, D)
+    if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
+        raise ValueError(
+            f"expected a mean (D,) and a covariance (D, D) of {layer} features in {source.path}, found {mean.shape}, "
+            f"{covariance.shape}"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError(f"expected finite statistics in {source.path}, found NaN or infinity")

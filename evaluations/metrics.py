@@ -114,9 +114,9 @@ def precision_recall(
     there. The order of a float16 norm's partial sums is the hardware's. The one of `_half_sums` was chosen because it
     gives the original's recorded values: seven of eight exactly, one to 0.0025. Norms summed in float32 do as well with
     900 points and more, but miss the recall of a case of 96 points by 0.021. On pairs of 900 and 1,100 points from
-    five other seeds, 20 other orders of the sums were tried: they gave up to 0.007 more or less precision and 0.011 more
-    or less recall, norms summed one after the other 0.008 and 0.027. So expect 0.01 between machines, and more for few
-    points. "fp32" is exact to float32 and repeats everywhere.
+    five other seeds, 20 other orders of the sums were tried: they gave up to 0.007 more or less precision and 0.011
+    more or less recall, norms summed one after the other 0.008 and 0.027. So expect 0.01 between machines, and more
+    for few points. "fp32" is exact to float32 and repeats everywhere.
 
     Time is one matrix product of R^2 + S^2 + R S rows; memory is both sets in float32, twice, and one block.
 

@@ -12,19 +12,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch_fidelity import FeatureExtractorInceptionV3
 
-if TYPE_CHECKING:
-    from torch_fidelity import FeatureExtractorInceptionV3
+from models.tensor_file import read_tensor_file, state_digest
+from models.vae import encode_moments, load_vae, vae_digest, vae_factor
+from runtime.distributed import allow_tf32, barrier
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -52,10 +53,10 @@ class FeatureNetwork:
     name: str
     digest: str
     device: torch.device
-    forward: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+    forward: Callable[[Tensor], dict[str, Tensor]]
 
     @torch.inference_mode()
-    def __call__(self, images: torch.Tensor | np.ndarray) -> dict[str, torch.Tensor]:
+    def __call__(self, images: Tensor | np.ndarray) -> dict[str, Tensor]:
         """Features by layer, (B, D) float32 on the device, of images (B, H, W, 3) uint8 or floating in 0..255."""
         if isinstance(images, np.ndarray):  # torch wants memory that it could write to
             images = torch.from_numpy(np.require(images, requirements=["C", "W"]))
@@ -72,8 +73,7 @@ class FeatureNetwork:
 def _full_float32() -> Iterator[None]:
     """Float32 products without TF32 or bf16 shortcuts, whatever the caller has set; the caller's settings return."""
     matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    allow_tf32(False)
     try:
         yield
     finally:
@@ -89,13 +89,13 @@ def load_network(
     vae: str | None = None,
     device: str | torch.device = "cpu",
 ) -> FeatureNetwork:
-    """The network called `name`, one of `NETWORKS`.
+    """The network called `name`.
 
     Args:
         name: "inception", "random" (the same network, seeded weights), "dinov2" or "vae".
         inception_weights: path of the weights; `None` takes torch's cache, and downloads 96 MB there if need be.
         dinov2_weights: path of the weights (.safetensors or .pth); `None` takes them from the hub.
-        vae: folder of a diffusers AutoencoderKL, for "vae".
+        vae: directory of an AutoencoderKL, or what else `load_vae` reads, for "vae".
         device: where it runs.
 
     Raises:
@@ -145,7 +145,7 @@ def load_inception(
 
 
 def _downloaded_inception() -> Path:
-    """The weights in torch's cache; the first process of each machine downloads them if they are not there."""
+    """The weights in torch's cache; rank 0 of each machine downloads them if they are not there."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
     if not path.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,8 +156,7 @@ def _downloaded_inception() -> Path:
                 f"expected to download {INCEPTION_URL}, found {error}; fix: fetch that file on another machine and "
                 "give --inception-weights PATH, or choose --features vae or random"
             ) from error
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    barrier()
     return path
 
 
@@ -181,7 +180,7 @@ def load_random_inception(device: str | torch.device = "cpu") -> FeatureNetwork:
 
 
 def inception_from_state(
-    name: str, state: dict[str, torch.Tensor], digest: str, device: str | torch.device = "cpu"
+    name: str, state: dict[str, Tensor], digest: str, device: str | torch.device = "cpu"
 ) -> FeatureNetwork:
     """The Inception network called `name` with the weights `state`, which has torch-fidelity's keys."""
     device = torch.device(device)
@@ -189,13 +188,12 @@ def inception_from_state(
     return inception_features(name, network, digest, device, static=device.type == "cuda")
 
 
-def build_inception(state: dict[str, torch.Tensor]) -> FeatureExtractorInceptionV3:
+def build_inception(state: dict[str, Tensor]) -> FeatureExtractorInceptionV3:
     """torch-fidelity's network, in eval mode, with the weights `state`; `{}` leaves them as initialised.
 
     Its constructor loads a file by unpickling or downloads one. It is handed an empty dictionary of our own instead,
     and the weights are set afterwards.
     """
-    from torch_fidelity import FeatureExtractorInceptionV3
 
     class Network(FeatureExtractorInceptionV3):
         def load_state_dict(self, state_dict, *args, **kwargs):
@@ -230,10 +228,10 @@ def inception_features(
             if module != "Mixed_6d":  # out of which features are taken
                 getattr(network, module).compile(fullgraph=True, dynamic=False)
 
-    def forward(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(images: Tensor) -> dict[str, Tensor]:
         spatial = []
 
-        def keep(_module, _inputs, output: torch.Tensor) -> None:
+        def keep(_module, _inputs, output: Tensor) -> None:
             # (B, 192, 17, 17); stored statistics are in H W C order
             spatial.append(output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1))  # (B, 2023)
 
@@ -252,13 +250,11 @@ def inception_features(
     return FeatureNetwork(name, digest, device, pad_batch(forward) if static else forward)
 
 
-def pad_batch(
-    forward: Callable[[torch.Tensor], dict[str, torch.Tensor]],
-) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+def pad_batch(forward: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Tensor], dict[str, Tensor]]:
     """`forward` for batches of any size, called with one shape alone as long as the first batch is the largest."""
     largest = 0
 
-    def fill(images: torch.Tensor) -> dict[str, torch.Tensor]:  # (B, H, W, 3)
+    def fill(images: Tensor) -> dict[str, Tensor]:  # (B, H, W, 3)
         nonlocal largest
         count, largest = len(images), max(largest, len(images))
         if count < largest:
@@ -268,7 +264,7 @@ def pad_batch(
     return fill
 
 
-def resize_like_tensorflow(images: torch.Tensor, side: int) -> torch.Tensor:
+def resize_like_tensorflow(images: Tensor, side: int) -> Tensor:
     """TensorFlow 1's `resize_bilinear(align_corners=False)`: pixel i of the result lies at i * size / side.
 
     Neither half-pixel centres nor antialiasing. Columns first, then rows, each as low + (high - low) * weight: the
@@ -281,18 +277,18 @@ def resize_like_tensorflow(images: torch.Tensor, side: int) -> torch.Tensor:
     Returns:
         (B, side, side, C) float32.
     """
-    low, high, weight = _taps(images.shape[2], side, images.device)
+    low, high, weight = _neighbors(images.shape[2], side, images.device)
     weight = weight[:, None]  # (side, 1)
     left = images.index_select(2, low).float()  # (B, H, side, C)
     right = images.index_select(2, high).float()
     rows = left + (right - left) * weight  # (B, H, side, C)
-    low, high, weight = _taps(images.shape[1], side, images.device)
+    low, high, weight = _neighbors(images.shape[1], side, images.device)
     weight = weight[:, None, None]  # (side, 1, 1)
     top, bottom = rows.index_select(1, low), rows.index_select(1, high)  # (B, side, side, C)
     return top + (bottom - top) * weight
 
 
-def _taps(size: int, side: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _neighbors(size: int, side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """For each of `side` results: the two source indices (side,) int64 and the weight of the second (side,) float32."""
     position = torch.arange(side, dtype=torch.float32) * torch.tensor(size / side, dtype=torch.float32)  # (side,)
     low = position.long()
@@ -315,24 +311,18 @@ def load_dinov2(
     Raises:
         ValueError: weights that cannot be read, do not fit, or cannot be downloaded.
     """
-    import timm
+    import timm  # 3 s, for this network alone
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     fix = "fix: --dinov2-weights PATH, with a .safetensors or .pth file of " + model
-    if path is None:
+    try:
+        native = timm.create_model(model, pretrained=path is None, num_classes=0)
+    except Exception as error:  # timm's own errors, the hub's, or those of its HTTP client
+        raise ValueError(f"expected to download {model}, found {_first_line(error)}; {fix}") from error
+    if path is not None:
         try:
-            from httpx import HTTPError  # what the hub's client raises, where it is built on httpx
-        except ImportError:
-            HTTPError = OSError
-        try:
-            native = timm.create_model(model, pretrained=True, num_classes=0)
-        except (OSError, RuntimeError, HTTPError) as error:
-            raise ValueError(f"expected to download {model}, found {_first_line(error)}; {fix}") from error
-    else:
-        native = timm.create_model(model, num_classes=0)
-        try:
-            native.load_state_dict(checkpoint_filter_fn(_read_tensors(path), native))
-        except (OSError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+            native.load_state_dict(checkpoint_filter_fn(read_tensor_file(Path(path)), native))
+        except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"expected weights of {model}, found {path}: {_first_line(error)}; {fix}") from error
     state = native.state_dict()
     digest = state_digest(state)
@@ -343,35 +333,18 @@ def load_dinov2(
     device = torch.device(device)
     network = network.eval().requires_grad_(False).to(device)
     mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]  # ImageNet, of 0..1
-    deviation = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
 
-    def forward(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(images: Tensor) -> dict[str, Tensor]:
         x = images.permute(0, 3, 1, 2).float()  # (B, 3, H, W)
         x = F.interpolate(x, (DINOV2_SIDE, DINOV2_SIDE), mode="bicubic", antialias=True)  # (B, 3, 224, 224)
         x = x.round().clamp(0, 255) / 255
-        return {"pool": network((x - mean) / deviation)}  # (B, D)
+        return {"pool": network((x - mean) / std)}  # (B, D)
 
     return FeatureNetwork("dinov2", digest, device, forward)
 
 
-def _read_tensors(path: str) -> dict[str, torch.Tensor]:
-    if str(path).endswith(".safetensors"):
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise RuntimeError(str(error)) from error
-    import pickle
-
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise RuntimeError("a file with more than tensors in it, or damaged") from error
-
-
-def _resample_positions(positions: torch.Tensor, grid: int) -> torch.Tensor:
+def _resample_positions(positions: Tensor, grid: int) -> Tensor:
     """DINOv2's `interpolate_pos_encoding`: bicubic without antialiasing, by a factor with 0.1 added to the grid.
 
     positions (1, 1 + M*M, D), the class token's first -> (1, 1 + grid*grid, D).
@@ -382,63 +355,35 @@ def _resample_positions(positions: torch.Tensor, grid: int) -> torch.Tensor:
     return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-def load_vae_features(folder: str | None, device: str | torch.device = "cpu") -> FeatureNetwork:
+def load_vae_features(name_or_path: str | None, device: str | torch.device = "cpu") -> FeatureNetwork:
     """Posterior means of an AutoencoderKL, averaged to a grid of at most 8 x 8: C * 64 numbers for most.
 
     For offline use: distances in the space of the VAE at hand, comparable only under that VAE.
 
     Args:
-        folder: of a diffusers AutoencoderKL with `config.json` and safetensors weights.
+        name_or_path: of an AutoencoderKL, as `load_vae` takes it.
         device: where it runs.
 
     Raises:
-        ValueError: no such folder, or no AutoencoderKL in it.
+        ValueError: no AutoencoderKL there.
     """
-    fix = "fix: --vae FOLDER, with an AutoencoderKL as diffusers saves it (config.json, *.safetensors)"
-    if not folder:
-        raise ValueError(f"expected a VAE for --features vae, found none; {fix}")
-    try:
-        kind = json.loads((Path(folder) / "config.json").read_text()).get("_class_name")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"expected an AutoencoderKL in {folder}, found no readable config.json; {fix}") from error
-    if kind != "AutoencoderKL":
-        raise ValueError(f"expected an AutoencoderKL in {folder}, found {kind}; {fix}")
-    from diffusers import AutoencoderKL
-    from safetensors import SafetensorError
+    if not name_or_path:
+        raise ValueError("expected a VAE for --features vae, found none; fix: --vae DIRECTORY, with an AutoencoderKL")
+    vae = load_vae(name_or_path, device)
+    factor = vae_factor(vae)
 
-    try:
-        vae = AutoencoderKL.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
-        )
-    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
-        raise ValueError(f"expected an AutoencoderKL in {folder}, found {_first_line(error)}; {fix}") from error
-    digest = state_digest(vae.state_dict())
-    device = torch.device(device)
-    vae = vae.to(device).eval().requires_grad_(False)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-
-    def forward(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(images: Tensor) -> dict[str, Tensor]:  # (B, H, W, 3)
         height, width = images.shape[1:3]
         if height % factor or width % factor:
             raise ValueError(
                 f"expected images with sides that the VAE's factor {factor} divides, found {width} x {height}; fix: "
                 "another --vae, or --features random"
             )
-        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W)
-        means = vae.encode(x).latent_dist.mean  # (B, C, h, w)
+        means, _ = encode_moments(vae, images).chunk(2, dim=1)  # (B, C, h, w)
         grid = tuple(min(side, VAE_GRID) for side in means.shape[2:])
         return {"pool": F.adaptive_avg_pool2d(means, grid).flatten(1)}  # (B, C * grid * grid)
 
-    return FeatureNetwork("vae", digest, device, forward)
-
-
-def state_digest(state: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over sorted names and tensors as float32."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        digest.update(key.encode())
-        digest.update(state[key].detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return FeatureNetwork("vae", vae_digest(vae), torch.device(device), forward)
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from evaluations import evaluate, networks
 from evaluations.evaluator import Evaluation, Settings
-from evaluations.feature_stats import FeatureStatistics, extract_features
+from evaluations.feature_stats import FeatureStatistics
 from evaluations.images import open_images
 from evaluations.metrics import frechet_distance, inception_score, precision_recall
 from evaluations.networks import FeatureNetwork
@@ -44,9 +44,18 @@ def pictures() -> np.ndarray:
     return adm_golden.images(5, 64, 31)
 
 
-def golden_features(case: dict, network: FeatureNetwork) -> list[tuple[np.ndarray, ...]]:
+def features_of(batches: list[np.ndarray], network: FeatureNetwork) -> list[np.ndarray]:
+    """Pool features (N, 2048), spatial features (N, 2023) and logits (N, 1008) of all images."""
+    layers = ("pool", "spatial", "logits")
+    statistics = FeatureStatistics(network, keep=layers)
+    for batch in batches:
+        statistics.update(batch)
+    return [statistics.kept(layer) for layer in layers]
+
+
+def golden_features(case: dict, network: FeatureNetwork) -> list[list[np.ndarray]]:
     sets = (adm_golden.images(**case[side]) for side in ("reference", "samples"))
-    return [extract_features(np.split(images, range(32, len(images), 32)), network) for images in sets]
+    return [features_of(np.split(images, range(32, len(images), 32)), network) for images in sets]
 
 
 @pytest.mark.parametrize("name", ["64px", pytest.param("256px", marks=pytest.mark.slow)])
@@ -79,7 +88,8 @@ def test_pool_logits_and_spatial_features_are_those_of_torch_fidelitys_own_forwa
     module.Mixed_6d.branch1x1.bn.register_forward_hook(lambda *args: outputs.append(args[2].clone().relu()))
     expected = module(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     spatial = [outputs[0][:, channel, row, column] for row in range(17) for column in range(17) for channel in range(7)]
-    found = extract_features([pictures], module)
+    network = networks.inception_features("inception", module, digest="", device=torch.device("cpu"))
+    found = features_of([pictures], network)
     for value, wanted in zip(found, (expected[0], torch.stack(spatial, dim=1), expected[1]), strict=True):
         np.testing.assert_allclose(value, wanted.numpy(), rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
@@ -105,12 +115,12 @@ def test_resize_is_tensorflow_1_bilinear_bit_by_bit(size):
 
 
 def test_batch_size_changes_rounding_alone(inception, pictures):
-    whole = extract_features([pictures], inception)
+    whole = features_of([pictures], inception)
     for sizes in ([1], [1, 4]):
-        for value, wanted in zip(extract_features(np.split(pictures, sizes), inception), whole, strict=True):
+        for value, wanted in zip(features_of(np.split(pictures, sizes), inception), whole, strict=True):
             np.testing.assert_allclose(value, wanted, atol=1e-5 * np.abs(wanted).max())
-    with pytest.raises(ValueError, match="at least one batch"):
-        extract_features([], inception)
+    with pytest.raises(ValueError, match="expected images, found none"):
+        features_of([], inception)
     with pytest.raises(ValueError, match=r"\(B, H, W, 3\), found"):
         inception(pictures.transpose(0, 3, 1, 2))
 
@@ -196,20 +206,19 @@ def test_without_network_the_way_out_is_named(monkeypatch, tmp_path):
 
 
 def test_published_values_with_the_true_weights_and_files():
-    """ADM-G-U at 256: ADM_FILES names a folder with the weights, the reference and the samples, by their own names."""
-    folder = os.environ.get("ADM_FILES")
-    if not folder:
-        pytest.skip("the true weights and ADM's files are not at hand: set ADM_FILES to their folder")
-    network = networks.load_inception(str(Path(folder) / networks.INCEPTION_URL.rsplit("/", 1)[1]))
-    evaluation = Evaluation([network], str(Path(folder) / "VIRTUAL_imagenet256_labeled.npz"), Settings())
-    source = open_images(str(Path(folder) / "admnet_guided_upsampled_imagenet256.npz"))
+    """ADM-G-U at 256: ADM_FILES names a directory with weights, reference and samples, by their own names."""
+    directory = os.environ.get("ADM_FILES")
+    if not directory:
+        pytest.skip("the true weights and ADM's files are not at hand: set ADM_FILES to their directory")
+    network = networks.load_inception(str(Path(directory) / networks.INCEPTION_URL.rsplit("/", 1)[1]))
+    evaluation = Evaluation([network], str(Path(directory) / "VIRTUAL_imagenet256_labeled.npz"), Settings())
+    source = open_images(str(Path(directory) / "admnet_guided_upsampled_imagenet256.npz"))
     evaluation.measure(evaluation.samples, source, "samples")
-    figures = evaluation.finish()
-    for name, value, tolerance in (
-        ("is", 215.837, 0.3), ("fid", 3.94256, 0.005), ("sfid", 6.14043, 0.005),
-        ("precision", 0.8265, 0.003), ("recall", 0.5309, 0.003),
-    ):  # fmt: skip
-        assert figures[name] == pytest.approx(value, abs=tolerance)
+    found = evaluation.finish()
+    values = {"is": 215.837, "fid": 3.94256, "sfid": 6.14043, "precision": 0.8265, "recall": 0.5309}
+    tolerances = {"is": 0.3, "fid": 0.005, "sfid": 0.005, "precision": 0.003, "recall": 0.003}
+    for name, value in values.items():
+        assert found[name] == pytest.approx(value, abs=tolerances[name])
 
 
 def test_random_weights_are_the_same_everywhere_and_tell_images_apart(pictures):
@@ -226,9 +235,13 @@ def test_vae_features(pictures, tmp_path):
 
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-        latent_channels=3, norm_num_groups=4, layers_per_block=1,
-    ).eval()  # fmt: skip
+        block_out_channels=(8, 8),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=3,
+        norm_num_groups=4,
+        layers_per_block=1,
+    ).eval()
     vae.save_pretrained(tmp_path / "vae")
     network = networks.load_network("vae", vae=str(tmp_path / "vae"))
     found = network(pictures)["pool"]  # means of 4 x 4 cells of a 32 x 32 latent
@@ -238,9 +251,10 @@ def test_vae_features(pictures, tmp_path):
     with pytest.raises(ValueError, match="factor 2 divides, found 63 x 64"):
         network(pictures[:, :, :63])
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
-    for folder, message in (("vae", "found"), ("", "config.json"), ("none", "no readable config.json")):
+    (tmp_path / "empty").mkdir()
+    for name, message in (("vae", "--vae: expected"), ("empty", "config.json"), ("none", "where there is nothing")):
         with pytest.raises(ValueError, match=message) as error:
-            networks.load_network("vae", vae=str(tmp_path / folder))
+            networks.load_network("vae", vae=str(tmp_path / name))
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="fix: --vae"):
         networks.load_network("vae")
@@ -308,6 +322,8 @@ def test_statistics_in_any_order_and_batches(small):
     order = np.random.default_rng(10).permutation(40)
     for part in np.split(order, [1, 17, 17, 30]):  # one of them empty
         statistics.update(torch.from_numpy(small[part]), part)
+        for layer, value in network(small[part]).items() if len(part) else ():  # rounding depends on the batch's size
+            expected[layer][part] = value.numpy()
     assert statistics.count == 40
     for layer in ("pool", "spatial"):
         mean, covariance = statistics.moments(layer)
@@ -330,7 +346,7 @@ def test_statistics_in_any_order_and_batches(small):
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """Call the entry point with the cheap network; returns (exit code, stdout, stderr)."""
-    monkeypatch.setattr(networks, "load_network", lambda name, **_: cheap_network(name))
+    monkeypatch.setattr(evaluate, "load_network", lambda name, **_: cheap_network(name))
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
@@ -359,7 +375,7 @@ def metrics_of(folder: Path) -> dict:
 
 
 def test_the_table_and_the_record(run, files, small):
-    code, out, err = run("--ref", files / "ref.npz", files / "samples.npz", "--batch-size", 7, "--device", "cpu")
+    code, out, err = run(files / "samples.npz", "--ref", files / "ref.npz", "--batch-size", 7, "--device", "cpu")
     assert code == 0, err
     record = metrics_of(files)
     assert list(record["metrics"]) == ["fid", "sfid", "is", "precision", "recall"]
@@ -486,12 +502,15 @@ def test_mistakes_are_one_line_and_code_2(run, files, small):
         ((samples, "--metrics", "fid"), "expected a reference for fid"),
         ((samples, "--features", "vae"), "expected a reference"),
         ((samples, "--metrics", "fod", "--ref", reference), "expected metrics among fid, sfid"),
-        ((samples, "--features", "clip"), "expected --features among"),
-        ((samples, "--features", "vae,random", "--save-stats", files / "x"), "expected one of --features"),
-        ((samples, "--batch-size", 0), "--batch-size of at least 1"),
+        ((samples, "--features", "clip"), "--features: expected names among"),
+        (
+            (samples, "--features", "vae,random", "--save-stats", files / "x"),
+            "--features: expected one of them with --save-stats",
+        ),
+        ((samples, "--batch-size", 0), "--batch-size: expected at least 1"),
         ((samples, "--device", "tpu"), "--device"),
         ((samples, "--output", files), "expected to write"),
-        ((samples, "--output", samples / "metrics.json"), "expected a folder for --output"),
+        ((samples, "--output", samples / "metrics.json"), "expected a directory for --output"),
         ((samples, "--ref", files / "none.npz"), "found nothing"),
         ((files / "few.npz", "--ref", reference), "at least k + 1 = 4 samples, found 3"),
         ((samples, "--ref", files / "few.npz"), "at least k + 1 = 4 reference"),
@@ -509,7 +528,8 @@ def test_mistakes_are_one_line_and_code_2(run, files, small):
 
 
 def test_help_is_quick():
-    code = "import sys, evaluations.evaluate as e\ntry: e.main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import runpy, sys\nsys.argv = ['evaluate', '--help']\n"
+    code += "try: runpy.run_module('evaluations.evaluate', run_name='__main__')\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'scipy', 'diffusers', 'timm', 'torch_fidelity'} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
