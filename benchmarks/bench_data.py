@@ -1,11 +1,10 @@
-"""Bars of the data: reading a store in random batches, and the crop with one worker and with two."""
+"""Reading a store in random batches, and cropping with one DataLoader worker and with two."""
 
 from __future__ import annotations
 
 import io
-import statistics
 import tempfile
-import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -13,64 +12,46 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from benchmarks.record import record
+from analysis.timing import random_store
+from benchmarks.record import in_turn, record
 from dataset import LatentDataset, StepSampler
-from models.vae import LatentScale
 from preprocessing.dump_latents import Crops
-from preprocessing.store_writer import LatentStoreWriter, shard_size
-
-COUNT, SHAPE, BATCH = 20_000, (8, 32, 32), 256
 
 
-def make_files(folder: Path) -> None:
-    """The same random moments as a store and as one .npy per image."""
-    rng = np.random.default_rng(0)
-    writer = LatentStoreWriter(folder / "store", {}, {"moments": SHAPE}, "float32")
-    (folder / "files").mkdir()
-    size = shard_size(COUNT)
-    for index, begin in enumerate(range(0, COUNT, size)):
-        moments = rng.standard_normal((min(size, COUNT - begin), *SHAPE), dtype=np.float32)
-        names = [f"{begin + k}.npy" for k in range(len(moments))]
-        shard = writer.shard(index)
-        shard.append(len(moments), {"moments": moments}, [0] * len(moments), names)
-        shard.close()
-        for name, values in zip(names, moments, strict=True):
-            np.save(folder / "files" / name, values)
-    meta = {"vae": "", "vae_digest": "", "resolution": 256, "crop": "adm-center", "class_names": ["0"], "settings": {}}
-    writer.finish(index + 1, meta | LatentScale((1.0,), (0.0,)).to_dict())
-
-
-def loader() -> None:
+def loader(count: int = 20_000, batch: int = 256, batches: int = 200) -> None:
+    """Moments per second from the mapped store, and from one .npy per image; both are in the page cache."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_files(folder)
-        store = LatentDataset(folder / "store")
-        batches = [StepSampler(COUNT, BATCH, seed=0).step_indices(k) for k in range(200)]
-        for batch in batches:  # warm: every page in the cache
-            store.__getitems__(batch)
+        files = Path(name) / "files"
+        files.mkdir()
+        store = LatentDataset(random_store(Path(name) / "store", 32, count))
+        for index in range(count):
+            np.save(files / f"{index}.npy", store.__getitems__([index])["moments"][0].numpy())
+        sampler = StepSampler(count, batch, seed=0)
+        orders = [sampler.step_indices(step) for step in range(batches)]
 
-        def one_file_each(batch: np.ndarray) -> torch.Tensor:  # the same batch, as a folder of files gives it
-            return torch.stack([torch.from_numpy(np.load(folder / "files" / f"{k}.npy")) for k in batch])
+        def one_file_each(order: np.ndarray) -> torch.Tensor:
+            return torch.stack([torch.from_numpy(np.load(files / f"{index}.npy")) for index in order])
 
-        for batch in batches:
-            assert torch.equal(one_file_each(batch), store.__getitems__(batch)["moments"])
-        ours, plain = [], []
-        for repeat in range(5):  # in turn, so that a disturbance hits both
-            begin = time.perf_counter()
-            for batch in batches:
-                store.__getitems__(batch)
-            ours.append(len(batches) * BATCH / (time.perf_counter() - begin))
-            few = batches[repeat * 20 :][:20]
-            begin = time.perf_counter()
-            for batch in few:
-                one_file_each(batch)
-            plain.append(len(few) * BATCH / (time.perf_counter() - begin))
-        value, baseline = statistics.median(ours), statistics.median(plain)
+        for order in orders:  # which also brings every page into the cache
+            assert torch.equal(one_file_each(order), store.__getitems__(order)["moments"])
+        few = orders[: max(1, batches // 10)]
+        ours, plain = in_turn(
+            lambda: [store.__getitems__(order) for order in orders],
+            lambda: [one_file_each(order) for order in few],
+            times=5,
+        )
         record(
-            "data/loader", value, "moments/s", baseline, value / baseline, baseline_is="one .npy per image, stacked",
-            spread=[min(ours), max(ours)], spread_baseline=[min(plain), max(plain)], batch=BATCH, images=COUNT,
-            bar=">= 200,000 and >= 20 x", bottleneck="memory: both read the same bytes into a batch",
-        )  # fmt: skip
+            "data/loader",
+            [batch * len(orders) / seconds for seconds in ours],
+            "moments/s",
+            [batch * len(few) / seconds for seconds in plain],
+            over_baseline=True,
+            baseline_is="one .npy per image, stacked",
+            batch=batch,
+            images=count,
+            bar=">= 200,000 and >= 20 x",
+            bottleneck="memory: both read the same bytes into a batch",
+        )
 
 
 class Photos:
@@ -83,36 +64,20 @@ class Photos:
             buffer = io.BytesIO()
             coarse.resize((500, 375), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=92)
             self.contents.append(buffer.getvalue())
-        self.names = [str(k) for k in range(count)]
-        self.labels, self.class_names = [0] * count, ["0"]
+        self.names, self.labels, self.class_names = [str(k) for k in range(count)], [0] * count, ["0"]
 
     def read(self, index: int) -> bytes:
         return self.contents[index % len(self.contents)]
 
 
-def crop() -> None:
+def crop(count: int = 2400) -> None:
+    """Images per second from JPEG to crop, by one worker and by two, which stay from round to round."""
     torch.set_num_threads(1)
-    count, rates = 2400, {1: [], 2: []}
-    crops = Crops(Photos(count), 256)
-    for _ in range(5):
-        for workers in rates:
-            batches = iter(DataLoader(crops, 32, num_workers=workers, collate_fn=len))
-            next(batches)  # workers are up
-            begin = time.perf_counter()
-            done = sum(batches)
-            rates[workers].append(done / (time.perf_counter() - begin))
-    one, two = (statistics.median(rates[workers]) for workers in (1, 2))
-    record(
-        "data/crop_2_workers", two, "images/s", one, two / one, baseline_is="1 worker",
-        spread=[min(rates[2]), max(rates[2])], spread_baseline=[min(rates[1]), max(rates[1])],
-        image="500 x 375 JPEG to 256 x 256", bar=">= 1.8 x",
-    )  # fmt: skip
-
-
-def main() -> None:
-    loader()
-    crop()
-
-
-if __name__ == "__main__":
-    main()
+    one, two = (
+        DataLoader(Crops(Photos(count), 256), 32, num_workers=workers, collate_fn=len, persistent_workers=True)
+        for workers in (1, 2)
+    )
+    seconds = in_turn(lambda: deque(one, 0), lambda: deque(two, 0), times=5)
+    single, double = ([count / each for each in column] for column in seconds)
+    about = {"baseline_is": "1 worker", "image": "500 x 375 JPEG to 256 x 256", "bar": ">= 1.8 x"}
+    record("data/crop_2_workers", double, "images/s", single, over_baseline=True, **about)

@@ -1,28 +1,23 @@
-"""Cost of measuring: what five metrics add to the network's passes, the Frechet distance, precision and recall.
-
-python -m benchmarks.bench_evaluations                # all: about 10 minutes on 2 cores
-python -m benchmarks.bench_evaluations passes frechet methods neighbours
-"""
+"""Cost of measuring: what five metrics add to the network's passes, the Frechet distance, precision and recall."""
 
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import numpy as np
+import scipy.linalg
+import torch
+from torch import nn
+
+from analysis.timing import seconds_of
+from benchmarks.record import in_own_process, in_turn, memory, record
+from evaluations import metrics, networks
+from evaluations.evaluator import Evaluation, Settings
+from evaluations.images import open_images
 
 ROUNDS = 3
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 def pool_like(count: int, width: int, seed: int) -> np.ndarray:
@@ -34,181 +29,127 @@ def pool_like(count: int, width: int, seed: int) -> np.ndarray:
     return np.maximum(points + 0.4, 0, out=points)
 
 
-def moments(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return points.mean(axis=0, dtype=np.float64), np.cov(points.astype(np.float64), rowvar=False)
+def passes(counts: tuple[int, int] = (64, 96), size: int = 256, batch_size: int = 32) -> None:
+    """All five metrics from npz files beside bare passes over the same images, in turn; the median of the ratios.
 
-
-def bench_passes() -> None:
-    """All five metrics from npz files against bare passes over the same images, in turn, median of the ratios."""
-    import torch
-
-    from benchmarks.record import record
-    from evaluations import metrics, networks
-    from evaluations.evaluator import Evaluation, Settings
-    from evaluations.images import open_images
-
-    counts, size, batch_size = {"reference": 64, "samples": 96}, 256, 32
-    state = {key: torch.as_tensor(value) for key, value in _inception_state().items()}
-    network = networks.inception_from_state("inception", state, digest="seeded random weights")
-    module = networks.build_inception(state)
+    The time of the two Frechet distances, which have a bar of their own, is taken off.
+    """
+    torch.manual_seed(0)
+    module = networks.build_inception({})
+    for weight in module.parameters():
+        if weight.dim() == 4:  # activations keep their size from layer to layer
+            nn.init.kaiming_normal_(weight)
+    network = networks.inception_from_state("inception", module.state_dict(), digest="seeded random weights")
     rng = np.random.default_rng(0)
-    sets = {side: rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8) for side, count in counts.items()}
-    batches = [images[i : i + batch_size] for images in sets.values() for i in range(0, len(images), batch_size)]
+    sets = [rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8) for count in counts]
+    batches = [images[i : i + batch_size] for images in sets for i in range(0, len(images), batch_size)]
 
-    def ours() -> None:
-        for batch in batches:
-            network(batch)
+    def over_batches(work: Callable) -> Callable[[], None]:
+        return lambda: [work(batch) for batch in batches]
 
-    def torch_fidelity() -> None:
-        for batch in batches:
-            module(torch.from_numpy(batch).permute(0, 3, 1, 2))
+    with tempfile.TemporaryDirectory() as name:
+        reference, samples = (f"{name}/{side}.npz" for side in ("reference", "samples"))
+        for path, images in zip((reference, samples), sets, strict=True):
+            np.savez(path, images)
+        last: list[Evaluation] = []
 
-    with tempfile.TemporaryDirectory() as folder:
-        for side, images in sets.items():
-            np.savez(Path(folder) / f"{side}.npz", images)
-        samples = str(Path(folder) / "samples.npz")
-
-        def everything() -> float:
-            """Seconds, without those of the two distances, which have a bar of their own."""
-            begin = time.perf_counter()
-            evaluation = Evaluation(
-                [network], str(Path(folder) / "reference.npz"), Settings(batch_size=batch_size), progress=False
-            )
+        def five_metrics() -> None:
+            evaluation = Evaluation([network], reference, Settings(batch_size=batch_size), progress=False)
             evaluation.measure(evaluation.samples, open_images(samples), "samples")
             assert len(evaluation.finish()) == 5
-            total = time.perf_counter() - begin
-            pair = evaluation.references["inception"], evaluation.samples["inception"]
-            arguments = [[value for side in pair for value in side.moments(layer)] for layer in ("pool", "spatial")]
-            return total - sum(seconds_of(lambda a=a: metrics.frechet_distance(*a)) for a in arguments)
+            last[:] = [evaluation]
 
-        ours()
-        rounds = [(seconds_of(ours), everything(), seconds_of(torch_fidelity)) for _ in range(ROUNDS)]
-    bare, five, theirs = (float(np.median(column)) for column in zip(*rounds, strict=True))
+        def two_distances() -> None:
+            pair = last[0].references["inception"], last[0].samples["inception"]
+            for layer in ("pool", "spatial"):
+                metrics.frechet_distance(*pair[0].moments(layer), *pair[1].moments(layer))
+
+        bare, whole, distances, theirs = in_turn(
+            over_batches(network),
+            five_metrics,
+            two_distances,
+            over_batches(lambda batch: module(torch.from_numpy(batch).permute(0, 3, 1, 2))),
+            times=ROUNDS,
+        )
+    five = [seconds - less for seconds, less in zip(whole, distances, strict=True)]
+    columns = {"bare passes": bare, "five metrics": five, "torch-fidelity's own forward": theirs}
     record(
         "evaluations/five-metrics",
-        float(np.median([b / a for a, b, _ in rounds])),
+        float(np.median([b / a for a, b in zip(bare, five, strict=True)])),
         "times the bare passes",
         bar="<= 1.10",
-        images=sum(counts.values()),
+        images=sum(counts),
         size=size,
         batch_size=batch_size,
-        rounds_seconds=rounds,
-        median_seconds={"bare passes": bare, "five metrics": five, "torch-fidelity's own forward": theirs},
+        rounds_seconds=list(zip(*columns.values(), strict=True)),
+        median_seconds={name: float(np.median(column)) for name, column in columns.items()},
         threads=torch.get_num_threads(),
     )
 
 
-def _inception_state() -> dict[str, np.ndarray]:
-    from evaluations import networks
-    from tests.golden.adm_golden import inception_state
-
-    return inception_state({key: value.shape for key, value in networks.build_inception({}).state_dict().items()}, 20)
-
-
-def bench_frechet() -> None:
+def frechet(widths: tuple[int, int] = (2048, 2023), count: int = 5000) -> None:
     """Both distances at their real widths, in full rank."""
-    from benchmarks.record import record
-    from evaluations.metrics import frechet_distance
-
-    seconds = {}
-    for width in (2048, 2023):
-        pair = [value for seed in (1, 2) for value in moments(pool_like(5000, width, seed))]
-        seconds[width] = float(np.median([seconds_of(lambda p=pair: frechet_distance(*p)) for _ in range(ROUNDS)]))
-    record("evaluations/two-frechet-distances", sum(seconds.values()), "s", bar="< 20", seconds=seconds)
-
-
-def bench_methods() -> None:
-    """Time of each way to tr sqrtm(S1 S2), and its relative error where there is an independent value."""
-    import scipy.linalg
-
-    from benchmarks.record import record
-    from evaluations.metrics import _trace_of_root
-
-    def by_eigh(a: np.ndarray, b: np.ndarray) -> float:
-        values, vectors = np.linalg.eigh(a)
-        factor = vectors * np.sqrt(np.maximum(values, 0))
-        return np.sqrt(np.maximum(np.linalg.eigvalsh(factor.T @ b @ factor), 0)).sum()
-
-    def by_singular_values(a: np.ndarray, b: np.ndarray) -> float:
-        factors = []
-        for matrix in (a, b):
-            values, vectors = np.linalg.eigh(matrix)
-            kept = values > values[-1] * len(values) * np.finfo(float).eps
-            factors.append(vectors[:, kept] * np.sqrt(values[kept]))
-        return np.linalg.svd(factors[0].T @ factors[1], compute_uv=False).sum()
-
-    ways = {
-        "pivoted Cholesky (ours)": _trace_of_root,
-        "eigh, eigvalsh": by_eigh,
-        "eigh, singular values": by_singular_values,
-        "eigenvalues of the product": lambda a, b: np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real.sum(),
-        "scipy sqrtm": lambda a, b: np.trace(scipy.linalg.sqrtm(a @ b)).real,
-    }
-    width = 1024
-    for name, counts in (("full rank", (3000, 4000)), ("fewer images than dimensions", (96, 130))):
-        sets = [pool_like(count, width, seed).astype(np.float64) for seed, count in enumerate(counts, 1)]
-        centred = [(points - points.mean(axis=0)) / np.sqrt(len(points) - 1) for points in sets]
-        triangles = [np.linalg.qr(points, mode="r") for points in centred]
-        truth = scipy.linalg.svdvals(triangles[0] @ triangles[1].T).sum()  # no covariance, nothing squared
-        sigmas = [points.T @ points for points in centred]
-        table = {}
-        for way, root in ways.items():
-            begin = time.perf_counter()
-            value = float(root(*sigmas))
-            table[way] = {"seconds": time.perf_counter() - begin, "relative_error": abs(value / truth - 1)}
-            print(f"  {name}: {way}: {table[way]['seconds']:.2f} s, relative error {table[way]['relative_error']:.1e}")
-        ours, original = (table[way]["seconds"] for way in ("pivoted Cholesky (ours)", "scipy sqrtm"))
-        record(
-            f"evaluations/trace-of-root, {name}",
-            ours,
-            "s",
-            original,
-            original / ours,
-            width=width,
-            counts=counts,
-            ways=table,
-        )
+    calls = []
+    for width in widths:
+        points = [pool_like(count, width, seed).astype(np.float64) for seed in (1, 2)]
+        pair = [value for side in points for value in (side.mean(axis=0), np.cov(side, rowvar=False))]
+        calls.append(partial(metrics.frechet_distance, *pair))
+    medians = [float(np.median(column)) for column in in_turn(*calls, times=ROUNDS)]
+    seconds = dict(zip(widths, medians, strict=True))
+    record("evaluations/two-frechet-distances", sum(medians), "s", bar="< 20", seconds=seconds)
 
 
-def bench_neighbours() -> None:
-    """Precision and recall of 10,000 against 50,000 in a process of its own, for its peak memory."""
-    from benchmarks.record import record
-
-    code = "from benchmarks.bench_evaluations import neighbours; neighbours()"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, peak, precision, recall = map(float, result.stdout.split())
-    record(
-        "evaluations/precision-recall-memory",
-        peak,
-        "GB",
-        bar="< 4",
-        reference=10_000,
-        samples=50_000,
-        width=2048,
-        seconds=seconds,
-        precision=precision,
-        recall=recall,
-    )
+def _by_eigh(a: np.ndarray, b: np.ndarray) -> float:
+    values, vectors = np.linalg.eigh(a)
+    factor = vectors * np.sqrt(np.maximum(values, 0))
+    return np.sqrt(np.maximum(np.linalg.eigvalsh(factor.T @ b @ factor), 0)).sum()
 
 
-def neighbours() -> None:
-    from evaluations.metrics import precision_recall
-
-    reference, samples = pool_like(10_000, 2048, 1), pool_like(50_000, 2048, 2)
-    begin = time.perf_counter()
-    pair = precision_recall(reference, samples)
-    seconds = time.perf_counter() - begin
-    print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, *pair)
-
-
-BENCHES = {"passes": bench_passes, "frechet": bench_frechet, "methods": bench_methods, "neighbours": bench_neighbours}
+def _by_singular_values(a: np.ndarray, b: np.ndarray) -> float:
+    factors = []
+    for matrix in (a, b):
+        values, vectors = np.linalg.eigh(matrix)
+        kept = values > values[-1] * len(values) * np.finfo(float).eps
+        factors.append(vectors[:, kept] * np.sqrt(values[kept]))
+    return np.linalg.svd(factors[0].T @ factors[1], compute_uv=False).sum()
 
 
-def main(names: list[str] | None = None) -> None:
-    """Run the benches named on the command line, or all."""
-    for name in names or sys.argv[1:] or BENCHES:
-        BENCHES[name]()
+WAYS = {  # to tr sqrtm(S1 S2)
+    "pivoted Cholesky (ours)": metrics._trace_of_root,
+    "eigh, eigvalsh": _by_eigh,
+    "eigh, singular values": _by_singular_values,
+    "eigenvalues of the product": lambda a, b: np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real.sum(),
+    "scipy sqrtm": lambda a, b: np.trace(scipy.linalg.sqrtm(a @ b)).real,
+}
 
 
-if __name__ == "__main__":
-    main()
+def trace_of_root(width: int = 1024, few: tuple[int, int] = (96, 130)) -> None:
+    """Time of each way to the trace of the root, and its relative error."""
+    for name, counts in (("full rank", (3 * width, 4 * width)), ("fewer images than dimensions", few)):
+        points = [pool_like(count, width, seed).astype(np.float64) for seed, count in enumerate(counts, 1)]
+        centred = [(side - side.mean(axis=0)) / np.sqrt(len(side) - 1) for side in points]
+        # The true value needs no covariance: nothing is squared.
+        triangles = [np.linalg.qr(side, mode="r") for side in centred]
+        truth = scipy.linalg.svdvals(triangles[0] @ triangles[1].T).sum()
+        sigmas, ways = [side.T @ side for side in centred], {}
+        for way, root in WAYS.items():
+            found: list[float] = []
+            seconds = seconds_of(lambda root=root, found=found, sigmas=sigmas: found.append(float(root(*sigmas))))
+            ways[way] = {"seconds": seconds, "relative_error": abs(found[0] / truth - 1)}
+            print(f"  {name}: {way}: {seconds:.2f} s, relative error {ways[way]['relative_error']:.1e}")
+        ours, original = (ways[way]["seconds"] for way in ("pivoted Cholesky (ours)", "scipy sqrtm"))
+        record(f"evaluations/trace-of-root, {name}", ours, "s", original, width=width, counts=counts, ways=ways)
+
+
+def measure_neighbours(reference: int, samples: int, width: int) -> dict[str, float]:
+    """Seconds, peak memory in GB and both values, in this process."""
+    sets, found = [pool_like(count, width, seed) for seed, count in enumerate((reference, samples), 1)], []
+    seconds = seconds_of(lambda: found.extend(metrics.precision_recall(*sets)))
+    return {"peak": memory("VmHWM") / 1e9, "seconds": seconds, "precision": found[0], "recall": found[1]}
+
+
+def neighbours(reference: int = 10_000, samples: int = 50_000, width: int = 2048) -> None:
+    """Precision and recall in a process of its own, for its peak memory."""
+    found = in_own_process(measure_neighbours, reference, samples, width)
+    sizes = {"reference": reference, "samples": samples, "width": width}
+    record("evaluations/precision-recall-memory", found.pop("peak"), "GB", bar="< 4", **sizes, **found)

@@ -1,17 +1,17 @@
-"""`make bench-gpu`: what each means of speed brings on one GPU, in one run of at most ten minutes.
+"""`make bench-gpu`: what each optimization brings on one GPU, in one run of at most ten minutes.
 
-Training steps of the trainer itself beside the plain loop of `benchmarks/plain.py`; each means switched off in turn;
-the cost of the head; memory; share of the peak; where the time goes; sampling, decoding, and training fed by the
-loader. The result is `results/gpu.json`, written anew after each measurement. What there is no time or memory for says
-so.
+Training steps of the trainer itself beside the plain loop of `benchmarks/plain.py`; each optimization switched off in
+turn; the cost of the head; memory; share of the peak; where the time goes; sampling, decoding, and training fed by the
+DataLoader. The result is `results/gpu.json`, written anew after each measurement. What there is no time or memory for
+says so.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
-import json
 import re
 import statistics
 import tempfile
@@ -20,232 +20,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from diffusers import AutoencoderKL
+from torch import Tensor
 
-import sample_ddp
 import train
+from analysis import cost
+from analysis.timing import WARMUP, random_batch, random_store, seconds_of, time_steps, trainer_step, training_run, wait
 from benchmarks.plain import PlainLoop
 from benchmarks.record import RESULTS
-from benchmarks.steps import batch_of, random_store, timed, trainer, wait
-from models.aligned import AlignedSiT
+from diffusion.interpolant import Interpolant
 from models.sit import SiT, SiTConfig
-from models.vae import LatentScale, decode_images
+from models.vae import LatentScale
+from reporting.log import read_log
 from runtime import cli, provenance
-from runtime.cli import flag
-from sampling.config import Guidance, SampleConfig
-from training.ema import MovingAverage
-from training.nonfinite import StepGuard
-from training.optimizer import make_optimizer
+from runtime.distributed import allow_tf32
+from runtime.files import to_json
+from sampling.generator import block_noise, decode_latents, sample_latents
+from training.ema import EMAUpdater
+from training.setup import Run
 
 HEADS = {"with": "vae", "without": "none"}
-SAMPLING_GUIDANCE = (1.8, (0.0, 0.7))  # REPA's
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    models: tuple[str, ...] = flag(("SiT-XL/2", "SiT-L/2", "SiT-B/2"), "models, the most important first")
-    batches: tuple[int, ...] = flag((32, 128, 256), "images per step")
-    steps: int = flag(20, "steps that are timed, after 3 that are not; the plain loop half as many")
-    sampling_steps: int = flag(250, "steps of the SDE")
-    sampling_batch: int = flag(128, "images per batch of sampling; the plain way a half")
-    seconds: float = flag(540.0, "begin nothing after this time")
-    latent_size: int = flag(32, "side of the latents")
-    output: str = flag(str(RESULTS / "gpu.json"), "the result")
-
-
-class Bench:
-    """Measures and keeps: a result is a dictionary of numbers, or the reason why there is none."""
-
-    def __init__(self, config: BenchConfig):
-        self.config, self.begin = config, time.perf_counter()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.results: dict[str, Any] = {}
-        self.about = provenance.stamp() | {"settings": dataclasses.asdict(config)}
-
-    def measure(self, name: str, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Run one measurement, print and keep what it gives; an error of one must not cost the others."""
-        late = time.perf_counter() - self.begin > self.config.seconds
-        try:
-            found = {"not_measured": "no time was left"} if late else call()
-        except torch.OutOfMemoryError:
-            found = {"not_measured": "out of memory"}
-        except Exception as error:
-            found = {"not_measured": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        self.release()
-        self.results[name] = found
-        path = Path(self.config.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.about | {"results": self.results}, indent=1) + "\n")
-        print(f"[{time.perf_counter() - self.begin:5.0f} s] {name}: {json.dumps(found)}", flush=True)
-        return found
-
-    def attempt(self, name: str, call: Callable[[], None]) -> None:
-        """A part of several measurements, whose preparation may fail as well."""
-        try:
-            call()
-        except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            self.measure(name, lambda: {"not_measured": reason})
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            PartialState._reset_state()
-        self.release()
-
-    def release(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def timed(self, step: Callable[[int], None], steps: int, images: int) -> dict[str, Any]:
-        return timed(self.device, step, steps, images)
-
-
-def forward_multiply_adds(model: str, latent_size: int) -> float:
-    """Of one image through the SiT, counted without computing anything."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"):
-        sit = SiT(SiTConfig.from_name(model, latent_size))
-        inputs = torch.zeros(1, 4, latent_size, latent_size), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter:
-            sit(*inputs)
-    return counter.get_total_flops() / 2
-
-
-def at_batch(run: train.Run, size: int) -> train.Run:
-    return dataclasses.replace(run, config=dataclasses.replace(run.config, batch_size=size))
-
-
-def without_head(run: train.Run) -> train.Run:
-    """The same network without what is beside it."""
-    model = run.accelerator.prepare(AlignedSiT(run.sit, {}))  # which also sets its precision
-    optimizer = run.accelerator.prepare_optimizer(
-        make_optimizer(run.config, model.parameters()), device_placement=False
-    )
-    guard = StepGuard(["loss", "velocity", "grad_norm"], run.accelerator.device, run.config.spike_factor, False)
-    return dataclasses.replace(run, model=model, methods={}, optimizer=optimizer, guard=guard)
-
-
-def unfused(run: train.Run) -> train.Run:
-    plain = torch.optim.AdamW(run.model.parameters(), run.config.learning_rate, weight_decay=0.0, foreach=False)
-    return dataclasses.replace(run, optimizer=run.accelerator.prepare_optimizer(plain, device_placement=False))
-
-
-def float32_tokens(self: SiT, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
-
-
-def average_one_by_one(self: MovingAverage) -> None:
-    for average, weight in zip(self.averages, self.weights, strict=True):
-        average.data.mul_(self.decay).add_(weight.data, alpha=1 - self.decay)
-
-
-def draws_of_the_host(draw: Callable) -> Callable:
-    return lambda config, step, sit, device: {
-        name: numbers.to(device) for name, numbers in draw(config, step, sit, torch.device("cpu")).items()
-    }
-
-
-def training(bench: Bench, data: Path, folder: Path, model: str) -> None:
-    """The trainer beside the plain loop, with and without the head, at each batch."""
-    config, device = bench.config, bench.device
-    forward = forward_multiply_adds(model, config.latent_size)
-    peak = bench.results.get("peak/bf16_matmul", {}).get("tflops")
-    for head, align in HEADS.items():
-        with trainer(
-            data, folder, model, align=align, exp_name=f"plain-{head}", compile=False, mixed_precision="no"
-        ) as run:
-            loop = PlainLoop(run.model)  # sets its precision itself
-        del run
-        for size in config.batches:
-            batch = batch_of(size, config.latent_size, device)
-            bench.measure(
-                f"train/{model}/{head}-head/batch-{size}/plain",
-                lambda batch=batch, size=size, loop=loop: bench.timed(
-                    lambda _: loop.step(batch["moments"], batch["label"]), max(1, config.steps // 2), size
-                ),
-            )
-        del loop
-        bench.release()
-    with trainer(data, folder, model, exp_name="ours") as run:
-        for head in HEADS:
-            own = run if head == "with" else without_head(run)
-            for size in config.batches:
-                name = f"train/{model}/{head}-head/batch-{size}"
-                batch, sized = batch_of(size, config.latent_size, device), at_batch(own, size)
-                found = bench.measure(
-                    f"{name}/ours",
-                    lambda batch=batch, sized=sized, size=size: bench.timed(
-                        lambda index: train.train_step(sized, index, [batch]), config.steps, size
-                    ),
-                )
-                if "images_per_second" in found:
-                    rate = found["images_per_second"] * 6 * forward / 1e12  # two operations each, three passes
-                    found |= {"model_tflops": rate, "share_of_measured_peak": rate / peak if peak else None}
-                    plain = bench.results[f"{name}/plain"].get("images_per_second")
-                    found["times_plain"] = found["images_per_second"] / plain if plain else None
-        for size in config.batches:
-            both = [bench.results[f"train/{model}/{head}-head/batch-{size}/ours"] for head in HEADS]
-            if all("seconds_per_step" in each for each in both):
-                cost = both[0]["seconds_per_step"] / both[1]["seconds_per_step"] - 1
-                bench.measure(f"train/{model}/head_cost/batch-{size}", lambda cost=cost: {"share_of_step": cost})
-
-
-def ablate_optimizations(bench: Bench, data: Path, folder: Path, model: str, size: int) -> None:
-    """Training with one means switched off at a time."""
-    config, device = bench.config, bench.device
-    batch = batch_of(size, config.latent_size, device)
-
-    def timed(run: train.Run, step: Callable | None = None) -> dict[str, Any]:
-        sized = at_batch(run, size)
-        step = step or (lambda index: train.train_step(sized, index, [batch]))
-        return bench.timed(step, config.steps, size)
-
-    def reading(run: train.Run) -> Callable[[int], None]:
-        sized = at_batch(run, size)
-
-        def step(index: int) -> None:
-            train.train_step(sized, index, [batch])
-            run.guard.sums.tolist()
-
-        return step
-
-    name = f"means/{model}/batch-{size}"
-    with trainer(data, folder, model, exp_name="means") as run:
-        bench.measure(f"{name}/all", lambda: timed(run))
-        bench.measure(f"{name}/where_the_time_goes", lambda: where_the_time_goes(bench, at_batch(run, size), batch))
-        with mock.patch.object(MovingAverage, "update", torch.no_grad()(average_one_by_one)):
-            bench.measure(f"{name}/without_foreach_average", lambda: timed(run))
-        with mock.patch.object(train, "draw", draws_of_the_host(train.draw)):
-            bench.measure(f"{name}/without_draws_on_the_device", lambda: timed(run))
-        bench.measure(f"{name}/with_a_read_in_each_step", lambda: timed(run, reading(run)))
-        run.sit.checkpoint_every = 1
-        bench.measure(f"{name}/with_every_block_recomputed", lambda: timed(run))
-        run.sit.checkpoint_every = 0
-        with mock.patch.object(train, "skip_step_if"):
-            bench.measure(f"{name}/without_fused_adamw", lambda: timed(unfused(run)))
-        del run
-    with trainer(data, folder, model, exp_name="means-eager", compile=False) as run:
-        bench.measure(f"{name}/without_compile", lambda: timed(run))
-    with (
-        mock.patch.object(SiT, "_embed", float32_tokens),
-        trainer(data, folder, model, exp_name="means-float32-tokens") as run,
-    ):
-        bench.measure(f"{name}/without_bf16_tokens", lambda: timed(run))
-    if device.type == "cuda":
-        with trainer(data, folder, model, exp_name="means-fp16", mixed_precision="fp16") as run:
-            bench.measure(f"{name}/with_fp16_and_scaler", lambda: timed(run))
-    for name_of, found in bench.results.items():
-        whole = bench.results[f"{name}/all"].get("seconds_per_step")
-        if name_of.startswith(name) and whole and "seconds_per_step" in found:
-            found["times_all"] = found["seconds_per_step"] / whole
-
-
+KINDS = {"plain": {"compile": False, "mixed_precision": "no"}, "ours": {}}  # the plain loop sets its precision itself
+GUIDANCE = (1.8, (0.0, 0.7))  # REPA's
 KERNELS = {  # by the first expression that a kernel's name matches
     "matrix products": r"gemm|nvjet|cutlass|xmma|addmm|::mm|::bmm",
     "attention": r"flash|fmha|attention",
@@ -255,42 +53,197 @@ KERNELS = {  # by the first expression that a kernel's name matches
 }
 
 
-def where_the_time_goes(bench: Bench, run: train.Run, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class BenchConfig:
+    models: tuple[str, ...] = cli.flag(("SiT-XL/2", "SiT-L/2", "SiT-B/2"), "models, the most important first")
+    batches: tuple[int, ...] = cli.flag((32, 128, 256), "images per step")
+    steps: int = cli.flag(20, "steps that are timed, after 3 that are not; the plain loop half as many")
+    sampling_steps: int = cli.flag(250, "steps of the SDE")
+    sampling_batch: int = cli.flag(128, "images per batch of sampling; the plain way a half")
+    seconds: float = cli.flag(540.0, "begin nothing after this time")
+    latent_size: int = cli.flag(32, "side of the latents")
+    output: str = cli.flag(str(RESULTS / "gpu.json"), "the result")
+
+
+class Bench:
+    """Measures and keeps: a result is a dictionary of numbers, or the reason why there is none."""
+
+    def __init__(self, config: BenchConfig, data: Path):
+        self.config, self.begin = config, time.perf_counter()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.data = random_store(data, config.latent_size)
+        self.results: dict[str, Any] = {}
+        self.about = provenance.stamp() | {"settings": dataclasses.asdict(config)}
+
+    def measure(self, name: str, call: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        """Run one measurement, print and keep what it gives; an error of one must not cost the others."""
+        late = time.perf_counter() - self.begin > self.config.seconds
+        try:
+            found = {"not_measured": "no time was left"} if late else call(*arguments)
+        except torch.OutOfMemoryError:
+            found = {"not_measured": "out of memory"}
+        except Exception as error:
+            found = {"not_measured": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        self.results[name] = found
+        print(f"[{time.perf_counter() - self.begin:5.0f} s] {name}: {found}", flush=True)
+        Path(self.config.output).write_text(to_json(self.about | {"results": self.results}))
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return found
+
+    def attempt(self, name: str, part: Callable, *arguments: Any) -> None:
+        """Run a part of several measurements, whose preparation may fail as well."""
+        failed: list[Exception] = []
+
+        def call() -> dict[str, Any]:
+            raise failed[0]
+
+        try:
+            part(self, *arguments)
+        except Exception as error:
+            failed.append(error)
+        if failed:
+            self.measure(name, call)
+
+    def steps(self, step: Callable[[int], Any], images: int, steps: int | None = None) -> dict[str, Any]:
+        return time_steps(self.device, step, steps or self.config.steps, images)
+
+    def run(self, model: str, **settings: Any) -> contextlib.AbstractContextManager[Run]:
+        """A run of the trainer in a directory of its own."""
+        return training_run(self.data, Path(tempfile.mkdtemp(dir=self.data.parent)), model, **settings)
+
+
+def training(bench: Bench, model: str) -> None:
+    """The trainer beside the plain loop, with and without the head, at each batch."""
+    config, results = bench.config, bench.results
+    names = {(head, size): f"train/{model}/{head}-head/batch-{size}" for head in HEADS for size in config.batches}
+    for kind, head in ((kind, head) for kind in KINDS for head in HEADS):
+        with bench.run(model, align=HEADS[head], **KINDS[kind]) as run:
+            loop = PlainLoop(run.model) if kind == "plain" else None
+            steps = max(1, config.steps // 2) if loop else config.steps
+            for size in config.batches:
+                batch = random_batch(size, config.latent_size, bench.device)
+                step = (lambda _, loop=loop, batch=batch: loop.step(batch)) if loop else trainer_step(run, batch)
+                bench.measure(f"{names[head, size]}/{kind}", bench.steps, step, size, steps)
+        del run, loop, step
+
+    # What follows from the rates: each image needs three passes, of two operations for each MAC.
+    macs = cost.count(cost.CostConfig(latent_size=config.latent_size), model, "none")["multiply_adds"]
+    peak = results["peak/bf16_matmul"].get("tflops")
+    for name in names.values():
+        ours, plain = results[f"{name}/ours"], results[f"{name}/plain"].get("images_per_second")
+        if rate := ours.get("images_per_second"):
+            tflops = rate * 6 * macs / 1e12
+            ours |= {"model_tflops": tflops, "share_of_measured_peak": tflops / peak if peak else None}
+            ours |= {"times_plain": rate / plain if plain else None}
+    for size in config.batches:
+        both = [results[f"{names[head, size]}/ours"].get("seconds_per_step") for head in HEADS]
+        if all(both):
+            bench.measure(f"train/{model}/head_cost/batch-{size}", lambda b=both: {"share_of_step": b[0] / b[1] - 1})
+
+
+class OneByOneEMA(EMAUpdater):
+    @torch.no_grad()
+    def update(self) -> None:
+        for ema, weight in zip(self.parameters, self.weights, strict=True):
+            ema.mul_(self.decay).add_(weight, alpha=1 - self.decay)
+
+
+class UnfusedAdamW(torch.optim.AdamW):
+    found_inf = property(lambda self: None, lambda self, skipped: None)  # it cannot skip a step on the device
+
+
+def float32_tokens(sit: SiT, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return sit.x_embedder(x) + sit.pos_embed, sit.t_embedder(t) + sit.y_embedder(y)
+
+
+def ablations(run: Run, batch: dict[str, Tensor]) -> dict[str, Callable[[int], None]]:
+    """Steps of one run with one optimization off, by name."""
+    step = trainer_step(run, batch)
+    config = dataclasses.replace(run.config, batch_size=len(batch["label"]))
+
+    def host_draws(index: int) -> None:
+        """The same draws on the host beside those on the device, which take next to nothing."""
+        draws = train.step_noise(config, index, run.sit.config, torch.device("cpu"), run.needs)
+        for numbers in draws.values():
+            numbers.to(run.accelerator.device)
+        step(index)
+
+    def reading(index: int) -> None:
+        step(index)
+        run.guard.sums.tolist()
+
+    def recomputed(index: int) -> None:
+        run.sit.checkpoint_every = 1
+        step(index)
+        run.sit.checkpoint_every = 0
+
+    ema = OneByOneEMA(run.ema, run.sit, run.ema_updater.decay)
+    plain = UnfusedAdamW(run.model.parameters(), config.learning_rate, weight_decay=0.0, foreach=False)
+    optimizer = run.accelerator.prepare_optimizer(plain, device_placement=False)
+    return {
+        "all": step,
+        "without_foreach_average": trainer_step(dataclasses.replace(run, ema_updater=ema), batch),
+        "without_draws_on_the_device": host_draws,
+        "with_a_read_in_each_step": reading,
+        "with_every_block_recomputed": recomputed,
+        "without_fused_adamw": trainer_step(dataclasses.replace(run, optimizer=optimizer), batch),
+    }
+
+
+def ablate_optimizations(bench: Bench, model: str, size: int) -> None:
+    """Training with one optimization off at a time."""
+    name, batch = f"means/{model}/batch-{size}", random_batch(size, bench.config.latent_size, bench.device)
+    with bench.run(model) as run:
+        steps = ablations(run, batch)
+        for ablation, step in steps.items():
+            bench.measure(f"{name}/{ablation}", bench.steps, step, size)
+        bench.measure(f"{name}/where_the_time_goes", where_the_time_goes, bench.device, steps["all"])
+        del run, steps, step
+    others = {"without_compile": {"compile": False}, "without_bf16_tokens": {}}
+    others |= {"with_fp16_and_scaler": {"mixed_precision": "fp16"}} if bench.device.type == "cuda" else {}
+    for ablation, settings in others.items():
+        with bench.run(model, **settings) as run:
+            if ablation == "without_bf16_tokens":
+                run.sit._embed = functools.partial(float32_tokens, run.sit)
+            bench.measure(f"{name}/{ablation}", bench.steps, trainer_step(run, batch), size)
+        del run
+    whole = bench.results[f"{name}/all"].get("seconds_per_step")
+    for ablation, found in bench.results.items():
+        if ablation.startswith(name) and whole and "seconds_per_step" in found:
+            found["times_all"] = found["seconds_per_step"] / whole
+
+
+def where_the_time_goes(device: torch.device, step: Callable[[int], None]) -> dict[str, Any]:
     """Shares of the time of a step by kind of kernel; the rest of the clock's time is the device's idle time."""
-    activity = torch.profiler.ProfilerActivity
-    on_gpu = bench.device.type == "cuda"
-    for index in range(3):
-        train.train_step(run, index, [batch])
-    wait(bench.device)
-    begin = time.perf_counter()
+    activity, count = torch.profiler.ProfilerActivity, 5
+
+    def run(first: int, last: int) -> None:
+        for index in range(first, last):
+            step(index)
+        wait(device)
+
+    run(0, WARMUP)
+    on_gpu = device.type == "cuda"
     with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as profile:
-        for index in range(3, 8):
-            train.train_step(run, index, [batch])
-        wait(bench.device)
-    wall = time.perf_counter() - begin
+        wall = seconds_of(lambda: run(WARMUP, WARMUP + count))
     shares = dict.fromkeys([*KERNELS, "other"], 0.0)
     for event in profile.key_averages():
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         kind = next((kind for kind, names in KERNELS.items() if re.search(names, event.key, re.I)), "other")
         shares[kind] += spent / 1e6 / wall
-    return {"shares": shares, "idle": 1 - sum(shares.values()), "seconds_per_step_profiled": wall / 5}
+    return {"shares": shares, "idle": 1 - sum(shares.values()), "seconds_per_step_profiled": wall / count}
 
 
-def loader_in_the_loop(bench: Bench, data: Path, folder: Path, model: str, size: int) -> dict[str, Any]:
+def loader_in_the_loop(bench: Bench, model: str, size: int) -> dict[str, Any]:
     """The trainer's own loop, reading from a store."""
-    rates = []
-
-    def report(run: train.Run, row: dict[str, float], *_: Any) -> None:
-        rates.append(row["images_per_second"])
-
-    with mock.patch.object(train, "report", report), contextlib.redirect_stdout(None):
-        train.main([
-            f"--data-dir={data}", f"--output-dir={folder}", "--exp-name=loop", f"--model={model}",
-            f"--batch-size={size}", f"--max-train-steps={4 * bench.config.steps}", f"--log-every={bench.config.steps}",
-            "--sampling-steps=0", "--num-workers=2", "--checkpointing-steps=1000000",
-        ])  # fmt: skip
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
+    steps = bench.config.steps
+    settings = {"max_train_steps": 4 * steps, "log_every": steps, "checkpointing_steps": 10**6, "num_workers": 2}
+    with bench.run(model, batch_size=size, **settings) as run, contextlib.redirect_stdout(None):
+        train.fit(run)
+        rates = [row["images_per_second"] for row in read_log(run.config.run_dir)]
     return {"images_per_second": statistics.median(rates[1:-1]), "rows": rates}
 
 
@@ -302,39 +255,27 @@ def sampling(bench: Bench, model: str) -> None:
         sit = SiT(SiTConfig.from_name(model, config.latent_size)).eval().requires_grad_(False)
         for parameter in sit.parameters():  # zeros would compute faster
             torch.nn.init.normal_(parameter, std=0.02)
-    scale, interval = SAMPLING_GUIDANCE
-    info = {
-        "digest": "", "format": "", "step": 0, "path_type": "linear", "vae_digest": "", "resolution": 0,
-        "scale": LatentScale((1.0,), (0.0,)),
-    }  # fmt: skip
+    lower = torch.bfloat16 if device.type == "cuda" else None
 
-    def drawer(batch: int, **changes: Any) -> sample_ddp.SampleGenerator:
-        settings = sample_ddp.describe(
-            SampleConfig(checkpoint=("none",), **changes), Guidance(scale, interval), sit, info, device
-        )
-        return sample_ddp.SampleGenerator(settings | {"batch_size": batch}, sit, None, info, np.arange(1000), device)
+    def draw(size: int, steps: int, autocast: torch.dtype | None) -> None:
+        noise = block_noise(0, 0, size, (4, config.latent_size, config.latent_size), device)
+        y = torch.arange(size, device=device) % 1000
+        sample_latents(sit, y, noise, "sde", steps, Interpolant("linear"), *GUIDANCE, autocast=autocast)
+        wait(device)
 
-    def timed(drawer: sample_ddp.SampleGenerator, steps: int) -> dict[str, Any]:
-        drawer.settings["num_steps"] = 10
-        drawer.latents(0)  # both shapes
-        wait(bench.device)
-        drawer.settings["num_steps"] = steps
-        begin = time.perf_counter()
-        drawer.latents(1)
-        wait(bench.device)
-        seconds = (time.perf_counter() - begin) * config.sampling_steps / steps
-        size = drawer.settings["batch_size"]
+    def timed(size: int, steps: int, autocast: torch.dtype | None) -> dict[str, Any]:
+        draw(size, 10, autocast)  # compiles, with and without guidance
+        seconds = seconds_of(lambda: draw(size, steps, autocast)) * config.sampling_steps / steps
         return {"images_per_second": size / seconds, "batch": size, "steps_timed": steps, "of": config.sampling_steps}
 
-    torch.set_float32_matmul_precision("high")
-    few = max(2, config.sampling_steps // 10)
-    half = max(16, config.sampling_batch // 2)
-    plain = bench.measure(f"sample/{model}/plain", lambda: timed(drawer(half, mixed_precision="no"), few))
-    torch.set_float32_matmul_precision("highest")
-    bench.measure(f"sample/{model}/without_compile", lambda: timed(drawer(config.sampling_batch), few))
+    few, size = max(2, config.sampling_steps // 10), config.sampling_batch
+    allow_tf32(True)
+    plain = bench.measure(f"sample/{model}/plain", timed, max(16, size // 2), few, None)
+    allow_tf32(False)
+    bench.measure(f"sample/{model}/without_compile", timed, size, few, lower)
     for block in sit.blocks:
         block.compile(fullgraph=True, dynamic=False)
-    ours = bench.measure(f"sample/{model}/ours", lambda: timed(drawer(config.sampling_batch), config.sampling_steps))
+    ours = bench.measure(f"sample/{model}/ours", timed, size, config.sampling_steps, lower)
     if "images_per_second" in ours and "images_per_second" in plain:
         ours["times_plain"] = ours["images_per_second"] / plain["images_per_second"]
     torch._dynamo.reset()
@@ -342,17 +283,17 @@ def sampling(bench: Bench, model: str) -> None:
 
 def decoding(bench: Bench) -> dict[str, Any]:
     """The SD-VAE's decoder with random weights, in float32 and in bfloat16 with channels last."""
-    from diffusers import AutoencoderKL
-
-    size = bench.config.latent_size
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-    ).eval().requires_grad_(False).to(bench.device)  # fmt: skip
-    z, scale = torch.randn(16, 4, size, size, device=bench.device), LatentScale((1.0,), (0.0,))
-    plain = bench.timed(lambda _: decode_images(vae, z, scale), bench.config.steps, len(z))
-    vae = vae.bfloat16().to(memory_format=torch.channels_last)
-    ours = bench.timed(lambda _: decode_images(vae, z, scale), bench.config.steps, len(z))
+    sizes = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+    blocks = {
+        f"{side.lower()}_block_types": (f"{side}{what}Block2D",) * 4
+        for side, what in (("Down", "Encoder"), ("Up", "Decoder"))
+    }
+    vae = AutoencoderKL(**sizes, **blocks).eval().requires_grad_(False).to(bench.device)
+    side = bench.config.latent_size
+    z, scale = torch.randn(16, 4, side, side, device=bench.device), LatentScale((1.0,), (0.0,))
+    plain = bench.steps(lambda _: decode_latents(vae, z, scale), len(z))
+    vae.bfloat16().to(memory_format=torch.channels_last)
+    ours = bench.steps(lambda _: decode_latents(vae, z, scale), len(z))
     return ours | {"times_float32": ours["images_per_second"] / plain["images_per_second"]}
 
 
@@ -360,26 +301,23 @@ def matmul_peak(bench: Bench) -> dict[str, Any]:
     """What this device reaches in one large bfloat16 product: the ceiling that shares are of."""
     side = 8192 if bench.device.type == "cuda" else 512
     a, b = (torch.randn(side, side, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
-    found = bench.timed(lambda _: a @ b, bench.config.steps, 1)
-    return {"tflops": 2 * side**3 / found["seconds_per_step"] / 1e12}
+    return {"tflops": 2 * side**3 / bench.steps(lambda _: a @ b, 1)["seconds_per_step"] / 1e12}
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = cli.parse(BenchConfig, argv, __doc__.splitlines()[0])
-    bench = Bench(config)
+    config = cli.parse(BenchConfig, argv, __doc__)
     first, *others = config.models
+    middle = config.batches[min(1, len(config.batches) - 1)]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        data = random_store(folder / "store", config.latent_size)
-        bench.measure("peak/bf16_matmul", lambda: matmul_peak(bench))
-        bench.attempt(f"train/{first}", lambda: training(bench, data, folder, first))
-        bench.attempt(f"means/{first}", lambda: ablate_optimizations(bench, data, folder, first, config.batches[0]))
-        bench.attempt(f"sample/{first}", lambda: sampling(bench, first))
-        bench.measure("decode", lambda: decoding(bench))
-        size = config.batches[min(1, len(config.batches) - 1)]
-        bench.measure("loop", lambda: loader_in_the_loop(bench, data, folder, first, size))
+        bench = Bench(config, Path(name) / "store")
+        bench.measure("peak/bf16_matmul", matmul_peak, bench)
+        bench.attempt(f"train/{first}", training, first)
+        bench.attempt(f"means/{first}", ablate_optimizations, first, config.batches[0])
+        bench.attempt(f"sample/{first}", sampling, first)
+        bench.measure("decode", decoding, bench)
+        bench.measure("loop", loader_in_the_loop, bench, first, middle)
         for model in others:
-            bench.attempt(f"train/{model}", lambda model=model: training(bench, data, folder, model))
+            bench.attempt(f"train/{model}", training, model)
     bench.measure("total_seconds", lambda: {"seconds": time.perf_counter() - bench.begin})
 
 

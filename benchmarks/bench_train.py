@@ -1,185 +1,128 @@
-"""A training step beside a plain loop of the kind this family of codebases has, and what a large store costs at start.
-
-The plain loop is that of `benchmarks/plain.py`.
-"""
+"""A training step beside a plain loop, the start with a large store, and how long a checkpoint holds training up."""
 
 from __future__ import annotations
 
-import json
-import statistics
-import subprocess
-import sys
+import itertools
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
-import dataset
 import train
+from analysis.timing import random_batch, random_store, trainer_step, training_run
 from benchmarks.plain import PlainLoop
-from benchmarks.record import record
+from benchmarks.record import in_own_process, in_turn, memory, record
+from dataset import LatentDataset, StepSampler, npy_header, read_meta
 from loss import Alignment, alignment_loss
 from models.aligned import AlignedSiT
 from models.projector import Projector
 from models.sit import SiT, SiTConfig
-from preprocessing import store_writer
+from preprocessing.store_writer import shard_size
 from runtime.files import to_checksummed_json
-from training.ema import update_ema
+from training.ema import EMAUpdater
 
-BATCH, STEPS = 4, 5
-COUNT = 1_281_167  # images of ImageNet
-
-
-def seconds(call: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+IMAGENET = 1_281_167  # images
+PRODUCTS = "addmm mm _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward"
 
 
-def in_turn(ours: Callable[[], None], plain: Callable[[], None], times: int) -> tuple[list[float], list[float]]:
-    """Seconds of each, one after the other, so that a disturbance hits both; the first of each is not counted."""
-    ours(), plain()
-    pairs = [(seconds(ours), seconds(plain)) for _ in range(times)]
-    return [a for a, _ in pairs], [b for _, b in pairs]
-
-
-def report(name: str, ours: list[float], plain: list[float], bar: str, **extra) -> None:
-    value, baseline = statistics.median(ours), statistics.median(plain)
-    record(
-        name, value, "s", baseline, baseline / value, baseline_is="plain loop", spread=[min(ours), max(ours)],
-        spread_baseline=[min(plain), max(plain)], bar=bar, **extra,
-    )  # fmt: skip
-
-
-def training_step(folder: Path) -> None:
-    """Our step is the trainer's own: it is timed inside a run of train.py."""
-    store = sparse_store(folder / "store", 64)
+def step(batch: int = 4, steps: int = 5) -> None:
+    """The trainer's step, its EMA and its alignment loss, each in turn with the plain loop's."""
     torch.manual_seed(0)
-    sit = SiT(SiTConfig.from_name("SiT-S/2"))
+    sit, data = SiT(SiTConfig.from_name("SiT-S/2")), random_batch(batch, 32, torch.device("cpu"))
     plain = PlainLoop(AlignedSiT(sit, {"vae": (2, Projector(384, 16))}))
-    batch = dataset.LatentDataset(store).__getitems__(list(range(BATCH)))
-    ours_seconds, plain_seconds, step = [], [], train.train_step
-
-    def both(*arguments) -> None:
-        ours_seconds.append(seconds(lambda: step(*arguments)))
-        plain_seconds.append(seconds(lambda: plain.step(batch["moments"], batch["label"])))
-
-    train.train_step = both
-    train.main([
-        "--data-dir", str(store), "--output-dir", str(folder), "--model", "SiT-S/2", "--batch-size", str(BATCH),
-        "--max-train-steps", str(STEPS + 1), "--sampling-steps", "0", "--num-workers", "0",
-    ])  # fmt: skip
-    train.train_step = step
-    with torch.profiler.profile() as profile:
-        plain.step(batch["moments"], batch["label"])
-    products = ("aten::addmm", "aten::mm", "aten::_scaled_dot_product_flash_attention_for_cpu")
-    products += ("aten::_scaled_dot_product_flash_attention_for_cpu_backward",)
-    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
-    share = sum(times.get(name, 0.0) for name in products) / sum(times.values())
-    report(
-        "train/step", ours_seconds[1:], plain_seconds[1:], ">= 1.1 x", model="SiT-S/2 with its head", batch=BATCH,
-        bottleneck=f"matrix products and attention, which both do alike, take {share:.0%} of the plain step",
-    )  # fmt: skip
-    report(
-        "train/ema", *in_turn(lambda: update_ema(plain.ema, plain.model.sit, 0.9999), plain.average, 20), ">= 1.5 x",
-        model="SiT-S/2", bottleneck="memory, which both are bound by: three passes over tensors against five",
-    )  # fmt: skip
-    f_sit, f_vae, t = torch.randn(256, 256, 16), torch.randn(256, 256, 16), torch.rand(256)
-    alignment = Alignment()
-    report(
-        "train/alignment_loss",
-        *in_turn(lambda: alignment_loss(f_sit, f_vae, t, alignment), lambda: plain.loss(f_sit, f_vae), 20),
-        ">= 1.5 x", batch=256,
-    )  # fmt: skip
-
-
-def sparse_store(folder: Path, count: int) -> Path:
-    """A store of `count` latents whose shards are holes in the file system: full size, no room."""
-    size, shards = store_writer.shard_size(count), []
-    folder.mkdir(parents=True)
-    for index, begin in enumerate(range(0, count, size)):
-        rows = min(size, count - begin)
-        with open(folder / f"moments-{index:05d}.npy", "wb") as file:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (rows, 8, 32, 32)}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.truncate(file.tell() + rows * 8 * 32 * 32 * 4)
-        shards.append({"count": rows, "moments": {"file": f"moments-{index:05d}.npy", "sha256": ""}})
-    np.save(folder / "labels.npy", np.arange(count, dtype=np.int64) % 1000)
-    (folder / "paths.txt").write_text("\n" * count)
-    meta = {
-        "format": dataset.FORMAT, "version": dataset.VERSION, "latent_shape": [4, 32, 32], "dtype": "float32",
-        "count": count, "num_classes": 1000, "flips": False, "images": False, "shards": shards, "labels_sha256": "",
-        "paths_sha256": "", "skipped": [], "resolution": 256, "vae": "", "vae_digest": "", "scale": [1.0],
-        "shift": [0.0], "class_names": [str(k) for k in range(1000)], "crop": "adm-center", "settings": {},
-    }  # fmt: skip
-    (folder / "meta.json").write_text(to_checksummed_json(meta))
-    return folder
-
-
-START = """
-import json, sys, time
-begin = float(sys.argv.pop(1))
-import train
-def first(run, step, micro_batches):
-    print(json.dumps(time.time() - begin))
-    sys.stdout.flush()
-    import os
-    os._exit(0)
-train.train_step = first
-train.main()
-"""
-
-MEMORY = """
-import json, sys
-from dataset import LatentDataset, StepSampler
-def anonymous():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
-store = LatentDataset(sys.argv[1])
-sampler = StepSampler(len(store), 256, seed=0)
-seen = []
-for step in range(200):
-    store.__getitems__(sampler.step_indices(step))
-    seen.append(anonymous())
-print(json.dumps([seen[20], seen[-1]]))
-"""
-
-
-def start(folder: Path) -> None:
-    """From the command to the first batch, and the memory of a process that reads."""
-    store = sparse_store(folder / "imagenet", COUNT)
-    root = Path(__file__).resolve().parent.parent
-    times = []
-    for repeat in range(4):
-        command = [
-            sys.executable, "-c", START, str(time.time()), "--data-dir", str(store), "--output-dir", str(folder),
-            "--exp-name", f"start{repeat}", "--model", "SiT-S/2", "--batch-size", "256", "--sampling-steps", "0",
-        ]  # fmt: skip
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-        times.append(float(done.stdout.splitlines()[-1]))
-    record(
-        "train/start", statistics.median(times[1:]), "s", spread=[min(times[1:]), max(times[1:])], images=COUNT,
-        model="SiT-S/2", what="from the command to the first batch of 256, imports included", bar="< 5 s",
-    )  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(store)], cwd=root, capture_output=True, text=True, check=True
-    )
-    early, late = json.loads(done.stdout)
-    record(
-        "train/loader_memory", late, "MiB", images=COUNT, after_20_batches=early,
-        what="anonymous memory of a process that has read 200 random batches; mapped pages belong to the system",
-        bar="flat, < 500 MiB",
-    )  # fmt: skip
-
-
-def main() -> None:
     with tempfile.TemporaryDirectory() as name:
-        training_step(Path(name))
-        start(Path(name))
+        store = random_store(Path(name) / "store", 32, 64)
+        with training_run(store, Path(name), "SiT-S/2", batch_size=batch) as run:
+            ours, numbers = trainer_step(run, data), itertools.count()
+            seconds = in_turn(lambda: ours(next(numbers)), lambda: plain.step(data), times=steps)
+    with torch.profiler.profile() as profile:
+        plain.step(data)
+    times = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profile.key_averages()}
+    share = sum(times.get(name, 0.0) for name in PRODUCTS.split()) / sum(times.values())
+    about = {"model": "SiT-S/2 with its head", "batch": batch, "baseline_is": "plain loop", "bar": ">= 1.1 x"}
+    bottleneck = f"matrix products and attention, which both do alike, take {share:.0%} of the plain step"
+    record("train/step", seconds[0], "s", seconds[1], **about, bottleneck=bottleneck)
+
+    updater = EMAUpdater(plain.ema, sit, 0.9999)
+    ours, base = in_turn(updater.update, plain.update_ema, times=20)
+    about = {"model": "SiT-S/2", "baseline_is": "plain loop", "bar": ">= 1.5 x"}
+    bottleneck = "memory, which both are bound by: three passes over tensors against five"
+    record("train/ema", ours, "s", base, **about, bottleneck=bottleneck)
+
+    f_sit, f_vae, t = torch.randn(256, 256, 16), torch.randn(256, 256, 16), torch.rand(256)
+    settings = Alignment()
+    ours, base = in_turn(lambda: alignment_loss(f_sit, f_vae, t, settings), lambda: plain.loss(f_sit, f_vae), times=20)
+    record("train/alignment_loss", ours, "s", base, baseline_is="plain loop", bar=">= 1.5 x", batch=256)
 
 
-if __name__ == "__main__":
-    main()
+def checkpoint(model: str = "SiT-B/2") -> None:
+    """How long a save holds training up, beside copying its tensors in host memory; and when it is on the disk."""
+    with tempfile.TemporaryDirectory() as name:
+        store = random_store(Path(name) / "store", 32, 64)
+        with training_run(store, Path(name), model, batch_size=2, keep_last=1) as run:
+            trainer_step(run, random_batch(2, 32, run.accelerator.device))(0)  # AdamW has its moments
+            steps = itertools.count(1)
+
+            def copy() -> None:
+                tensors = [run.model.state_dict(), run.ema.state_dict(), run.optimizer.state_dict()["state"]]
+                tree_map_only(torch.Tensor, torch.clone, tensors)
+
+            copies, pauses, rest = in_turn(
+                copy, lambda: train.save_checkpoint(run, next(steps)), run.writer.finish, times=5
+            )
+    written = float(np.median([pause + after for pause, after in zip(pauses, rest, strict=True)]))
+    about = {"baseline_is": "copying the same tensors", "written_after": written}
+    about |= {"model": f"{model} with its head", "bar": "<= 1.1 x"}
+    record("checkpoint/pause", pauses, "s", copies, over_baseline=True, **about)
+
+
+def sparse_store(directory: Path, count: int) -> Path:
+    """A store of `count` latents whose shards are holes in the file system: full size, no room."""
+    random_store(directory, 32, 1)
+    rows, shards = shard_size(count), []
+    for index, first in enumerate(range(0, count, rows)):
+        shape = (min(rows, count - first), 8, 32, 32)
+        file = directory / f"moments-{index:05d}.npy"
+        with open(file, "wb") as shard:
+            shard.write(npy_header(shape, np.dtype("float32")))
+            shard.truncate(shard.tell() + 4 * int(np.prod(shape)))
+        shards.append({"count": shape[0], "moments": {"file": file.name, "sha256": ""}})
+    np.save(directory / "labels.npy", np.arange(count, dtype=np.int64) % 1000)
+    (directory / "paths.txt").write_text("\n" * count)
+    meta = read_meta(directory) | {"count": count, "shards": shards}
+    (directory / "meta.json").write_text(to_checksummed_json(meta))
+    return directory
+
+
+def first_batch(begin: float, store: str, directory: str) -> float:
+    """Seconds since `begin`, when this process was started, until a run has its first batch."""
+    with training_run(Path(store), Path(directory), "SiT-S/2", batch_size=256, num_workers=2) as run:
+        next(iter(run.loader))
+        return time.time() - begin
+
+
+def anonymous_memory(store: str, batches: int) -> list[float]:
+    """MiB of this process after a tenth of the batches, and after all."""
+    dataset, seen = LatentDataset(store), []
+    sampler = StepSampler(len(dataset), 256, seed=0)
+    for index in range(batches):
+        dataset.__getitems__(sampler.step_indices(index))
+        seen.append(memory("RssAnon") / 2**20)
+    return [seen[batches // 10], seen[-1]]
+
+
+def start(count: int = IMAGENET, batches: int = 200) -> None:
+    """From the command to the first batch, and the memory of a process that reads."""
+    with tempfile.TemporaryDirectory() as name:
+        store = str(sparse_store(Path(name) / "store", count))
+        runs = [f"{name}/run{repeat}" for repeat in range(4)]
+        times = [in_own_process(first_batch, time.time(), store, run) for run in runs]
+        early, late = in_own_process(anonymous_memory, store, batches)
+    what = "from the command to the first batch of 256, imports included"
+    record("train/start", times[1:], "s", images=count, model="SiT-S/2", what=what, bar="< 5 s")
+    what = "anonymous memory of a process that has read 200 random batches; mapped pages belong to the system"
+    bar = "flat, < 500 MiB"
+    record("train/loader_memory", late, "MiB", images=count, after_20_batches=early, what=what, bar=bar)

@@ -1,7 +1,7 @@
 """The training loop that the fast one is measured against, as this family of codebases writes it.
 
-The same model, head, data and kinds of draws, and none of the means: eager, float16 by autocast with a scaler on a GPU,
-unfused AdamW, an average kept tensor by tensor, a loss that loops over the batch, three numbers read in each step.
+The same model, head, data and kinds of draws, without our optimizations: eager, float16 by autocast with a scaler on a
+GPU, unfused AdamW, an EMA updated tensor by tensor, a loss that loops over the batch, three numbers read in each step.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class PlainLoop:
             total = total + F.smooth_l1_loss(ours, target, beta=0.05)
         return total / len(f_sit)
 
-    def average(self) -> None:
+    def update_ema(self) -> None:
         weights = dict(self.model.sit.named_parameters())
-        for name, average in self.ema.named_parameters():
-            average.data.mul_(0.9999).add_(weights[name].data, alpha=1 - 0.9999)
+        for name, ema in self.ema.named_parameters():
+            ema.data.mul_(0.9999).add_(weights[name].data, alpha=1 - 0.9999)
 
-    def step(self, moments: torch.Tensor, label: torch.Tensor) -> None:
-        device = self.device
-        mean, std = moments.chunk(2, dim=1)
+    def step(self, batch: dict[str, torch.Tensor]) -> None:
+        device, label = self.device, batch["label"]
+        mean, std = batch["moments"].chunk(2, dim=1)
         z = mean + std * torch.randn_like(mean)
         t = torch.rand(len(z), 1, 1, 1, device=device)
         eps = torch.randn_like(z)
@@ -54,5 +54,5 @@ class PlainLoop:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.average()
+        self.update_ema()
         denoising.item(), alignment.item(), norm.item()
