@@ -146,23 +146,22 @@ def measure(config: CostConfig, model: str, align: str, folder: Path) -> dict[st
     """Speed and memory of the trainer's step at this machine's batch, and latency of the forward pass of one image."""
     import torch
 
-    import train
     from alignment.registry import Batch
-    from benchmarks.steps import batch_of, random_store, timed, trainer, wait
+    from analysis.timing import random_batch, random_store, time_steps, trainer_step, training_run, wait
 
     size = config.batch_size
     data = random_store(folder / "store", config.latent_size, count=size, images=True, classes=config.num_classes)
     repa = {"repa_encoder": config.repa_encoder, "repa_weights": "random"}
     name = f"{model}-{align}".replace("/", "-")
-    with trainer(data, folder, model, align=align, exp_name=name, batch_size=size, **repa) as run:
+    with training_run(data, folder, model, align=align, exp_name=name, batch_size=size, **repa) as run:
         device = run.accelerator.device
-        batch = batch_of(size, config.latent_size, device, config.num_classes)
+        batch = random_batch(size, config.latent_size, device, config.num_classes)
         if "repa" in run.methods:
             shape = (size, 8 * config.latent_size, 8 * config.latent_size, 3)
             batch["image"] = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        step = timed(device, lambda index: train.train_step(run, index, [batch]), config.steps, size)
+        step = time_steps(device, trainer_step(run, batch), config.steps, size)
 
         z, t, y = batch["moments"][:1, :4], torch.full((1,), 0.5, device=device), batch["label"][:1]
         one = Batch(z, z, torch.randn_like(z), t, y, t, batch["image"][:1] if "image" in batch else None)
