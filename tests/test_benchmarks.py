@@ -10,10 +10,8 @@ from benchmarks import bench_gpu, table
 @pytest.mark.slow
 def test_every_measurement_of_the_gpu_suite_gives_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_gpu, "decoding", lambda bench: {"images_per_second": 1.0})  # the SD-VAE takes minutes
-    bench_gpu.main([
-        "--models", "SiT-Ti/4", "--batches", "4", "8", "--steps", "2", "--sampling-steps", "4", "--sampling-batch",
-        "16", "--latent-size", "8", "--output", str(tmp_path / "gpu.json"),
-    ])  # fmt: skip
+    flags = "--models SiT-Ti/4 --batches 4 8 --steps 2 --sampling-steps 4 --sampling-batch 16 --latent-size 8"
+    bench_gpu.main([*flags.split(), f"--output={tmp_path / 'gpu.json'}"])
     content = json.loads((tmp_path / "gpu.json").read_text())
     results = content["results"]
     assert {"machine", "versions", "date", "git_revision", "settings"} <= content.keys()
@@ -35,10 +33,8 @@ def test_every_measurement_of_the_gpu_suite_gives_numbers(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_what_fails_or_has_no_time_left_says_so_and_the_rest_goes_on(tmp_path):
-    bench_gpu.main([
-        "--models", "SiT-Nope/4", "--batches", "4", "--steps", "1", "--latent-size", "8", "--seconds", "0.01",
-        "--output", str(tmp_path / "gpu.json"),
-    ])  # fmt: skip
+    flags = "--models SiT-Nope/4 --batches 4 --steps 1 --latent-size 8"
+    bench_gpu.main([*flags.split(), "--seconds=0.01", f"--output={tmp_path / 'gpu.json'}"])
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]
     assert "no time was left" in results["decode"]["not_measured"]
     assert "not_measured" in results["train/SiT-Nope/4"]
@@ -52,12 +48,12 @@ def test_the_readmes_table_is_that_of_the_results():
 def test_a_gpus_results_fill_the_rows_that_say_not_measured(tmp_path, monkeypatch):
     for file in table.RESULTS.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "gpu.json").write_text(json.dumps({
-        "machine": "a GPU", "settings": {"models": ["SiT-XL/2"]}, "results": {
-            "train/SiT-XL/2/with-head/batch-32/ours": {"images_per_second": 612.4, "times_plain": 2.5},
-            "sample/SiT-XL/2/ours": {"not_measured": "out of memory"},
-        },
-    }))  # fmt: skip
+    results = {
+        "train/SiT-XL/2/with-head/batch-32/ours": {"images_per_second": 612.4, "times_plain": 2.5},
+        "sample/SiT-XL/2/ours": {"not_measured": "out of memory"},
+    }
+    content = {"machine": "a GPU", "settings": {"models": ["SiT-XL/2"]}, "results": results}
+    (tmp_path / "gpu.json").write_text(json.dumps(content))
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     lines = table.table().splitlines()
     (row,) = [line for line in lines if "batch 32, beside a plain loop, on a GPU" in line]

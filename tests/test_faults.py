@@ -1,10 +1,12 @@
 """Kills, flipped bits and cut files in short form; `make bench-faults` does the same many times."""
 
 import random
+from functools import partial
 
 import pytest
+from PIL import Image
 
-from benchmarks.faults import (
+from benchmarks.bench_faults import (
     contents,
     corrupt_files,
     kill_many,
@@ -28,47 +30,34 @@ def store(tmp_path_factory):
 @pytest.mark.parametrize(("processes", "kills"), [(1, 4), (2, 2)])
 def test_killed_training_ends_in_the_undisturbed_run_bit_for_bit(processes, kills, store, tmp_path):
     done = kill_many(
-        lambda run: train_command(store, run, 60, processes), weights, tmp_path, kills, random.Random(processes)
-    )  # fmt: skip
+        partial(train_command, store, 60, processes=processes), weights, tmp_path, kills, random.Random(processes)
+    )
     assert done["equal"] == done["runs"] >= 1
     assert done["kills"] == kills
 
 
 @pytest.mark.slow
 def test_killed_dumping_and_sampling_end_in_the_undisturbed_bytes(store, tmp_path):
-    from PIL import Image
-
     digits, labels = load_digits()
     for index, (image, label) in enumerate(zip(enlarge(digits[:200]), labels, strict=False)):
         (tmp_path / "digits" / str(label)).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(tmp_path / "digits" / str(label) / f"{index}.png")
-    vae = str(store.parent / "vae")
+    vae = store.parent / "vae"
 
     def dump(output):
-        return launch(
-            "preprocessing/dump_latents.py", "--source", str(tmp_path / "digits"), "--output-dir", str(output),
-            "--vae", vae, "--resolution", "32", "--flip", "--batch-size", "8", "--num-workers", "1",
-        )  # fmt: skip
+        flags = "--resolution 32 --flip --batch-size 8 --num-workers 1"
+        source = tmp_path / "digits"
+        return launch("preprocessing/dump_latents.py", flags, source=source, output_dir=output, vae=vae)
 
     done = kill_many(dump, contents, tmp_path / "dumps", 2, random.Random(0))
     assert done["equal"] == done["runs"] >= 1
-    run_whole(
-        launch(
-            "train.py", "--data-dir", str(store), "--output-dir", str(tmp_path), "--exp-name", "run", "--model",
-            "SiT-Ti/4", "--batch-size", "2", "--max-train-steps", "1", "--sampling-steps", "0",
-        )
-    )  # fmt: skip
+    run_whole(train_command(store, 1, tmp_path / "run"))
 
     def sample(output):
-        return launch(
-            "sample_ddp.py", "--checkpoint", str(tmp_path / "run"), "--output-dir", str(output), "--num-samples", "96",
-            "--num-steps", "40", "--per-proc-batch-size", "16",
-        )  # fmt: skip
+        flags = "--num-samples 96 --num-steps 40 --per-proc-batch-size 16"
+        return launch("sample_ddp.py", flags, checkpoint=tmp_path / "run", output_dir=output)
 
-    def drawn(output):  # but for samples.json, which tells how long it took
-        return contents(output, lambda path: path.name == "samples.json")
-
-    done = kill_many(sample, drawn, tmp_path / "draws", 2, random.Random(0))
+    done = kill_many(sample, contents, tmp_path / "draws", 2, random.Random(0))
     assert done["equal"] == done["runs"] >= 1
 
 
@@ -80,12 +69,7 @@ def test_flipped_bits_and_cut_files_are_found_and_never_a_traceback(store, tmp_p
 
 @pytest.mark.slow
 def test_flipped_bits_and_cut_checkpoints_are_found(store, tmp_path):
-    run_whole(
-        launch(
-            "train.py", "--data-dir", str(store), "--output-dir", str(tmp_path), "--exp-name", "run", "--model",
-            "SiT-Ti/8", "--batch-size", "2", "--max-train-steps", "1", "--sampling-steps", "0",
-        )
-    )  # fmt: skip
+    run_whole(train_command(store, 1, tmp_path / "run"))
     files = sorted(path for path in (tmp_path / "run" / "checkpoints" / "0000001").iterdir())
     found = corrupt_files(files, lambda: something_is_wrong(tmp_path / "run"), 40, 10, random.Random(0))
     assert (found["flips_found"], found["cuts_found"], found["tracebacks"]) == (40, 10, 0)
