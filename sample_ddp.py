@@ -19,7 +19,6 @@ from sampling.config import BLOCK, NEIGHBOURS, SampleConfig
 if __name__ == "__main__":
     cli.parse(SampleConfig, None, __doc__)  # answers --help and refuses wrong flags before torch is imported
 
-import dataclasses
 import datetime
 import os
 import time
@@ -36,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluations.evaluator import METRICS, Evaluation, Settings, warnings_about
+from evaluations.evaluator import Evaluation, Settings
 from evaluations.images import open_images
 from evaluations.networks import load_network
 from models.load import load_sit
@@ -73,7 +72,7 @@ def sample(config: SampleConfig, given: frozenset[str], rank: int, processes: in
     torch.backends.cudnn.deterministic = True
     evaluation = None
     for checkpoint in config.checkpoint:
-        sit, info, vae_name = load_model(config, checkpoint, rank)
+        sit, info = load_model(config, checkpoint, rank)
         vae, loaded_as = None, None
         for one in config.sets():
             # What the set is, and whether it is there already.
@@ -90,9 +89,9 @@ def sample(config: SampleConfig, given: frozenset[str], rank: int, processes: in
             load_as = settings["compile"], settings["vae_precision"]
             if load_as != loaded_as:
                 sit = sit if loaded_as is None else load_sit(checkpoint)[0]
-                vae, loaded_as = load_vae(vae_name), load_as
+                vae, loaded_as = load_vae(info["vae"]), load_as
                 shape = settings["resolution"], settings["latent_shape"]
-                check_vae(vae, vae_name, settings["vae_digest"], "the checkpoint", *shape)
+                check_vae(vae, info["vae"], settings["vae_digest"], "the checkpoint", *shape)
                 put_on_device(sit, vae, device, *load_as)
             stream = torch.cuda.Stream(device) if device.type == "cuda" else None
             generator = SampleGenerator(settings, sit, vae, info, classes, device, stream)
@@ -102,15 +101,15 @@ def sample(config: SampleConfig, given: frozenset[str], rank: int, processes: in
             if evaluation:
                 evaluation.reset()
             elif config.evaluate:
-                evaluation = start_evaluation(config, vae_name, settings, device)
-            draw_set(generator, directory, vae_name, evaluation, rank, processes)
+                evaluation = start_evaluation(config, info["vae"], settings, device)
+            draw_set(generator, directory, evaluation, rank, processes)
 
 
 # The model.
 
 
-def load_model(config: SampleConfig, checkpoint: str, rank: int) -> tuple[SiT, dict[str, Any], str]:
-    """The SiT of a checkpoint on the CPU, what is known of it, and the name of its VAE.
+def load_model(config: SampleConfig, checkpoint: str, rank: int) -> tuple[SiT, dict[str, Any]]:
+    """The SiT of a checkpoint on the CPU, and what is known of it, with the VAE that is to be used.
 
     Raises:
         ValueError: the checkpoint does not tell enough.
@@ -122,12 +121,12 @@ def load_model(config: SampleConfig, checkpoint: str, rank: int) -> tuple[SiT, d
             f"channels (the SD-VAE's), found {sit.config.in_channels} channels; fine-tune it on a store by train.py "
             f"--init-from, whose checkpoints tell it"
         )
-    vae_name = config.vae or info["vae"]
+    info["vae"] = config.vae or info["vae"]
     if info["vae_digest"] == UNKNOWN_VAE:  # any VAE is accepted, and recorded for this set
-        info["vae_digest"] = vae_digest(load_vae(vae_name))
+        info["vae_digest"] = vae_digest(load_vae(info["vae"]))
         if rank == 0:
-            print(f"{checkpoint} does not say which VAE it was trained with: taking {vae_name}", flush=True)
-    return sit, info, vae_name
+            print(f"{checkpoint} does not say which VAE it was trained with: taking {info['vae']}", flush=True)
+    return sit, info
 
 
 # The sets.
@@ -147,7 +146,7 @@ def report_complete(config: SampleConfig, directory: Path, settings: dict[str, A
 
 
 def draw_set(
-    generator: SampleGenerator, directory: Path, vae_name: str, evaluation: Evaluation | None, rank: int, processes: int
+    generator: SampleGenerator, directory: Path, evaluation: Evaluation | None, rank: int, processes: int
 ) -> None:
     """Draw what is missing of one set of samples; rank 0 makes the directory whole."""
     settings = generator.settings
@@ -161,7 +160,7 @@ def draw_set(
     if evaluation:
         for batch in sorted(set(range(samples.num_batches)) - set(missing))[rank::processes]:
             update_evaluation(evaluation, samples, batch, samples.read(batch))
-    draw_batches(generator, samples, missing[rank::processes], evaluation, show_progress=rank == 0)
+    draw_batches(generator, samples, missing[rank::processes], evaluation, quiet=rank > 0)
     barrier()
     values = evaluation.finish() if evaluation else None
     if rank == 0:
@@ -169,8 +168,10 @@ def draw_set(
         # Of the last start alone: a run that was stopped had drawn the others before.
         timing = {"images": drawn, "seconds": seconds, "images_per_second": drawn / seconds}
         labels = generator.labels(0, settings["num_samples"])
-        record = describe_run(settings, generator.info, vae_name, processes, generator.device, timing)
-        metrics = describe_metrics(evaluation, values, labels) | {"sampling": record} if values else None
+        record = describe_run(generator, processes, timing)
+        metrics = None
+        if values:
+            metrics = evaluation.record(values, {"count": len(labels), "kind": "drawn"}, labels) | {"sampling": record}
         samples.finish(labels, record, metrics)
         for name, value in (values or {}).items():
             print(f"{name:>24}  {value:.6g}")
@@ -182,14 +183,10 @@ def draw_set(
 
 
 def draw_batches(
-    generator: SampleGenerator,
-    samples: SampleWriter,
-    batches: list[int],
-    evaluation: Evaluation | None,
-    show_progress: bool,
+    generator: SampleGenerator, samples: SampleWriter, batches: list[int], evaluation: Evaluation | None, quiet: bool
 ) -> None:
     """Draw these batches and write them; a thread writes one while the device draws the next."""
-    shown = {"desc": "sampling", "unit": "image", "dynamic_ncols": True, "disable": not show_progress}
+    shown = {"desc": "sampling", "unit": "image", "dynamic_ncols": True, "disable": quiet}
     progress = tqdm(total=samples.num_samples, initial=samples.count(), **shown)
     with progress, ThreadPoolExecutor(1) as writer:
         in_flight: deque = deque()
@@ -217,8 +214,8 @@ def write_batch(samples: SampleWriter, batch: int, wait: Callable[[], list[np.nd
         ValueError: a latent or a colour is not finite.
     """
     images, finite = wait()
-    bad = [index for index in range(len(finite)) if not finite[index]]
-    if bad:
+    bad = np.flatnonzero(~finite)
+    if len(bad):
         first = batch * samples.batch_size + bad[0]
         raise ValueError(
             f"expected finite samples, found {len(bad)} that are not in batch {batch}: the first is image {first} "
@@ -242,29 +239,6 @@ def update_evaluation(evaluation: Evaluation, samples: SampleWriter, batch: int,
     first = batch * samples.batch_size
     images = images[: samples.num_samples - first]
     evaluation.update(images, range(first, first + len(images)))
-
-
-# The record of what was measured.
-
-
-def describe_metrics(evaluation: Evaluation, values: dict[str, float], labels: np.ndarray) -> dict[str, Any]:
-    """What metrics.json holds beside the record of sampling."""
-    kinds = {METRICS[name][metric][0] for name in evaluation.networks for metric in evaluation.names}
-    reference = evaluation.source
-    neighbours = reference.count if kinds & {"precision", "recall"} else None
-    return {
-        "metrics": values,
-        "samples": {"count": len(labels), "kind": "drawn"},
-        "reference": {
-            "path": str(reference.path),
-            "count": reference.count,
-            "sha256": reference.digest(),
-            "stored": evaluation.reference_stored,
-        },
-        "features": {name: {"weights_sha256": network.digest} for name, network in evaluation.networks.items()},
-        "settings": dataclasses.asdict(evaluation.settings),
-        "warnings": warnings_about(len(labels), labels, neighbours, "score" in kinds),
-    }
 
 
 if __name__ == "__main__":

@@ -17,13 +17,10 @@ def round_up_to_block(images: int) -> int:
 
 def configured_batch_size(config: SampleConfig, device: torch.device) -> int | None:
     """Images per batch as the flag says; `None` if it is "auto" on a GPU, to be found by `find_batch_size`."""
-    if config.per_proc_batch_size != "auto":
-        size = int(config.per_proc_batch_size)
-    elif device.type == "cpu":
-        size = CPU_BATCH
-    else:
+    auto = config.per_proc_batch_size == "auto"
+    if auto and device.type != "cpu":
         return None
-    return min(size, round_up_to_block(config.num_samples))
+    return min(CPU_BATCH if auto else int(config.per_proc_batch_size), round_up_to_block(config.num_samples))
 
 
 def find_batch_size(generator: SampleGenerator, processes: int) -> int:

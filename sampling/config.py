@@ -4,114 +4,77 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 from runtime.cli import REQUIRED, check, flag
 from runtime.files import Field
 
 BLOCK = 16  # images that share a generator of noise; part of what determines the images
 SAMPLERS = ("sde", "ode-euler", "ode-heun")
+LABELS, PRECISIONS = ("random", "balanced"), ("no", "bf16")
 NEIGHBOURS = 3  # of precision and recall, as in the ADM suite
 LARGEST_BATCH, CPU_BATCH = 256, 64  # of --per-proc-batch-size auto
+
+_AUTO = f"the largest up to {LARGEST_BATCH} for which a GPU has memory ({CPU_BATCH} on a CPU)"
+_LAST_STEP_SIZE = Field(0.04, old_names=("last_t",))
+_GROUPS = "files", "evaluation", "what to draw", "solver", "speed"
+_file, _evaluation, _set, _solver, _speed = (partial(flag, group=group) for group in _GROUPS)
+_precision = partial(_speed, None, choices=PRECISIONS, record=Field())
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     """Settings of one set of samples, or of a sweep over checkpoints, guidance scales and intervals."""
 
-    checkpoint: tuple[str, ...] = flag(
-        REQUIRED,
-        "checkpoint <run>/checkpoints/<step>, or a run (its newest one), or a file of SiT's, REPA's or SRA's; several "
-        "make a set of samples each",
-        group="files",
+    checkpoint: tuple[str, ...] = _file(
+        REQUIRED, "<run>/checkpoints/<step>, a run (its newest), or a file of SiT's, REPA's, SRA's; several: a set each"
     )
-    output_dir: str | None = flag(
-        None,
-        "directory of the result, of several results their parent; by default <run>/samples/ and a name made of the "
-        "settings",
-        group="files",
+    output_dir: str | None = _file(
+        None, "directory of the result, of several their parent; by default <run>/samples/ and a name of the settings"
     )
-    vae: str | None = flag(
-        None,
-        "hub name, local directory or file of the VAE, if not where the checkpoint says; must be the same VAE",
-        group="files",
-    )
-    npz: bool = flag(True, "write samples.npz", group="files", record=Field(True))
-    png: bool = flag(False, "also write each image as images/000000.png", group="files")
+    vae: str | None = _file(None, "hub name, local directory or file of the checkpoint's VAE, if not where it says")
+    npz: bool = _file(True, "write samples.npz", record=Field(True))
+    png: bool = _file(False, "also write each image as images/000000.png")
 
-    evaluate: str | None = flag(
-        None,
-        "measure the samples against this reference as they are drawn, into metrics.json: what --ref of "
-        "evaluations.evaluate takes",
-        group="evaluation",
+    evaluate: str | None = _evaluation(
+        None, "measure the samples against this reference as they are drawn: what evaluations.evaluate --ref takes"
     )
-    features: str = flag("inception", "network of --evaluate: inception, dinov2, vae or random", group="evaluation")
-    inception_weights: str | None = flag(
-        None, "weights-inception-2015-12-05-6726825d.pth; by default torch's cache, or a download", group="evaluation"
+    features: str = _evaluation("inception", "network of --evaluate: inception, dinov2, vae or random")
+    inception_weights: str | None = _evaluation(
+        None, "weights-inception-2015-12-05-6726825d.pth; by default torch's cache, or a download"
     )
 
-    num_samples: int = flag(50_000, "images in all", group="what to draw")
-    labels: str = flag(
-        "random",
-        "random: a fair draw per image; balanced: in every K images each of the K classes once, shuffled",
-        choices=("random", "balanced"),
-        group="what to draw",
-    )
-    classes: tuple[int, ...] | None = flag(
-        None, "draw these classes only, by number", group="what to draw", metavar="CLASS"
-    )
-    seed: int = flag(0, "seed of noise and labels", group="what to draw")
+    num_samples: int = _set(50_000, "images in all")
+    labels: str = _set("random", "random: a fair draw for each image; balanced: as many of each class", choices=LABELS)
+    classes: tuple[int, ...] | None = _set(None, "draw these classes only, by number", metavar="CLASS")
+    seed: int = _set(0, "seed of noise and labels")
 
-    sampler: str = flag("sde", "solver: SDE by Euler-Maruyama, ODE by Euler or Heun", choices=SAMPLERS, group="solver")
-    num_steps: int = flag(250, "steps; each costs one evaluation of the network (ode-heun: two)", group="solver")
-    last_step_size: float = flag(
-        0.04,
-        "sde: size of the last step, which has no noise; it ends at t = 0",
-        group="solver",
-        aliases=("--last-t",),
-        record=Field(0.04, old_names=("last_t",)),
+    sampler: str = _solver("sde", "solver: SDE by Euler-Maruyama, ODE by Euler or Heun", choices=SAMPLERS)
+    num_steps: int = _solver(250, "steps; each costs one evaluation of the network (ode-heun: two)")
+    last_step_size: float = _solver(
+        0.04, "sde: size of the last step, without noise, to t = 0", aliases=("--last-t",), record=_LAST_STEP_SIZE
     )
-    guidance_scale: tuple[float, ...] = flag(
-        (1.0,),
-        "v_null + scale (v_class - v_null): 1 is no guidance; several make a set of samples each, from the same noise",
-        group="solver",
-        metavar="SCALE",
+    guidance_scale: tuple[float, ...] = _solver(
+        (1.0,), "v_null + scale (v_class - v_null): 1 is no guidance; several: a set each, from the same noise"
     )
-    guidance_low: tuple[float, ...] = flag(
-        (0.0,),
-        "guide from this time on; t = 0 is data; several: with --guidance-high, an interval each",
-        group="solver",
-        metavar="T",
+    guidance_low: tuple[float, ...] = _solver(
+        (0.0,), "guide from this time on; t = 0 is data; several: with --guidance-high, an interval each"
     )
-    guidance_high: tuple[float, ...] = flag(
-        (1.0,), "guide up to this time; t = 1 is noise; several: an interval each", group="solver", metavar="T"
+    guidance_high: tuple[float, ...] = _solver(
+        (1.0,), "guide up to this time; t = 1 is noise; several: an interval each"
     )
 
-    per_proc_batch_size: str = flag(
-        "64",
-        f"images per batch of a process, a multiple of {BLOCK}; auto: the largest up to {LARGEST_BATCH} for which a "
-        f"GPU has memory (on a CPU {CPU_BATCH})",
-        group="speed",
+    per_proc_batch_size: str = _speed("64", f"images per batch of a process: a multiple of {BLOCK}, or auto: {_AUTO}")
+    mixed_precision: str | None = _precision(
+        "precision of the network; bf16 on a GPU and no (float32) on a CPU unless set"
     )
-    mixed_precision: str | None = flag(
-        None,
-        "precision of the network; bf16 on a GPU and no (float32) on a CPU unless set",
-        choices=("no", "bf16"),
-        group="speed",
-        record=Field(),
+    vae_precision: str | None = _precision(
+        "precision of the decoder; bf16 on a GPU and no (float32) on a CPU unless set"
     )
-    compile: bool | None = flag(
-        None, "torch.compile each block; on a GPU unless set", group="speed", record=Field(False)
-    )
-    vae_precision: str | None = flag(
-        None,
-        "precision of the VAE's decoder; bf16 on a GPU and no (float32) on a CPU unless set",
-        choices=("no", "bf16"),
-        group="speed",
-        record=Field(),
-    )
-    tf32: bool = flag(False, "TF32 for float32 products on the GPU", group="speed")
-    timeout: int = flag(43_200, "seconds after which a process that waits for another gives up", group="speed")
-    device: str | None = flag(None, "a GPU if there is one, unless set", choices=("cpu", "cuda"), group="speed")
+    compile: bool | None = _speed(None, "torch.compile each block; on a GPU unless set", record=Field(False))
+    tf32: bool = _speed(False, "TF32 for float32 products on the GPU")
+    timeout: int = _speed(43_200, "seconds after which a process that waits for another gives up")
+    device: str | None = _speed(None, "a GPU if there is one, unless set", choices=("cpu", "cuda"))
 
     def __post_init__(self):
         for name in ("num_samples", "num_steps", "timeout"):
@@ -127,10 +90,8 @@ class SampleConfig:
             check(self, "guidance_low", 0 <= low <= 1, "times in [0, 1]")
             check(self, "guidance_high", low <= high <= 1, f"a time in [{low}, 1], not before --guidance-low")
         check(self, "seed", self.seed >= 0, "at least 0")
-        if self.evaluate and self.num_samples <= NEIGHBOURS:
-            raise ValueError(
-                f"--evaluate: expected more than {NEIGHBOURS} samples, found --num-samples {self.num_samples}"
-            )
+        enough = not self.evaluate or self.num_samples > NEIGHBOURS
+        check(self, "num_samples", enough, f"more than {NEIGHBOURS} beside --evaluate")
         if not (self.npz or self.png or self.evaluate):
             raise ValueError("--no-npz: expected --png or --evaluate beside it, found neither: nothing would be kept")
 

@@ -177,19 +177,12 @@ class SampleGenerator:
     def latents(self, batch: int) -> Tensor:  # -> (B, C, H, W) float64
         """Batch number `batch` at t = 0."""
         settings, size = self.settings, self.settings["batch_size"]
-        first = batch * size
-        return sample_latents(
-            self.sit,
-            torch.from_numpy(self.labels(first, size)).to(self.device),
-            block_noise(settings["seed"], first, size, settings["latent_shape"], self.device),
-            settings["sampler"],
-            settings["num_steps"],
-            Interpolant(settings["path_type"]),
-            settings["guidance_scale"],
-            tuple(settings["guidance_interval"] or (0.0, 1.0)),
-            settings["last_step_size"],
-            torch.bfloat16 if settings["mixed_precision"] == "bf16" else None,
-        )
+        y = torch.from_numpy(self.labels(batch * size, size)).to(self.device)
+        noise = block_noise(settings["seed"], batch * size, size, settings["latent_shape"], self.device)
+        solver = settings["sampler"], settings["num_steps"], Interpolant(settings["path_type"])
+        guidance = settings["guidance_scale"], settings["guidance_interval"] or (0.0, 1.0)
+        autocast = torch.bfloat16 if settings["mixed_precision"] == "bf16" else None
+        return sample_latents(self.sit, y, noise, *solver, *guidance, settings["last_step_size"], autocast)
 
     def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:  # (B, C, H, W) -> (B, R, R, 3) uint8, (B,) bool
         return decode_latents(self.vae, z, self.info["scale"])

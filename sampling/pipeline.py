@@ -35,7 +35,7 @@ from models.sit import SiT, SiTConfig
 from models.vae import LatentScale, check_vae, hub_is_reachable, load_vae
 from runtime.files import Field, fields_of, read_record, sha256
 from sampling.batch_size import round_up_to_block
-from sampling.config import BLOCK, SAMPLERS
+from sampling.config import BLOCK, PRECISIONS, SAMPLERS
 from sampling.generator import block_noise, decode_latents, put_on_device, sample_latents
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ VERSION = 1
 _NEEDED = "format format_version step weights_sha256 path_type latent_scale vae vae_digest resolution class_names"
 FIELDS = fields_of(SiTConfig) | {name: Field() for name in _NEEDED.split()} | {"card_sha256": Field(None)}
 BATCH = 64  # the default of sample_ddp.py
-PRECISIONS = ("no", "bf16")
 
 
 @dataclass(frozen=True)
@@ -120,10 +119,10 @@ class VAEREPAPipeline:
         sampler: str = "sde",
         seed: int = 0,
         last_step_size: float = 0.04,
-        last_t: float | None = None,
         batch_size: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        last_t: float | None = None,
     ) -> PipelineOutput:
         """Draw an image for each label.
 
@@ -140,9 +139,9 @@ class VAEREPAPipeline:
             sampler: "sde", "ode-euler" or "ode-heun".
             seed: of the noise.
             last_step_size: sde: size of the last step, which has no noise; it ends at t = 0.
-            last_t: the old name of `last_step_size`.
             batch_size: images at once, a multiple of 16; by default 64, or fewer if fewer are asked for.
             height, width: if given, must be what the model makes: it knows one size.
+            last_t: the old name of `last_step_size`.
 
         Raises:
             ValueError: unknown or ambiguous classes, settings out of range, or samples that are not finite.
@@ -179,10 +178,8 @@ class VAEREPAPipeline:
                 z = sample_latents(self.sit, y, noise, *options, self.autocast)[: len(labels)]
                 pixels, finite = decode_latents(self.vae, z, self.scale)
                 if not finite.all():
-                    raise ValueError(
-                        "expected finite samples, found some that are not; use mixed_precision='no', or a smaller "
-                        "guidance_scale"
-                    )
+                    fix = "use mixed_precision='no', or a smaller guidance_scale"
+                    raise ValueError(f"expected finite samples, found some that are not; {fix}")
                 images += [Image.fromarray(image) for image in pixels.cpu().numpy()]
         return PipelineOutput(images)
 
@@ -202,39 +199,36 @@ def class_numbers(labels: int | str | Iterable[int | str], names: Sequence[str])
     labels = [labels] if isinstance(labels, str) or not isinstance(labels, Iterable) else list(labels)
     if not labels:
         raise ValueError("class_labels: expected at least one class, found none")
-    return [_named(label, names) if isinstance(label, str) else _numbered(label, names) for label in labels]
+    return [_class_number(label, names) for label in labels]
 
 
-def _numbered(label: Any, names: Sequence[str]) -> int:
-    try:
-        number = operator.index(label)
-    except TypeError:
-        number = None
-    if number is None or not 0 <= number < len(names):
-        raise ValueError(f"class_labels: expected numbers from 0 to {len(names) - 1}, or names, found {label!r}")
-    return number
+def _class_number(label: Any, names: Sequence[str]) -> int:
+    if not isinstance(label, str):
+        try:
+            number = operator.index(label)
+        except TypeError:
+            number = -1
+        if not 0 <= number < len(names):
+            raise ValueError(f"class_labels: expected numbers from 0 to {len(names) - 1}, or names, found {label!r}")
+        return number
 
-
-def _named(label: str, names: Sequence[str]) -> int:
     def parts(name: str) -> list[str]:
         return [part.strip().casefold() for part in name.split(",")]
 
     found = [number for number, name in enumerate(names) if name == label]
     found = found or [number for number, name in enumerate(names) if name.casefold() == label.casefold()]
     found = found or [number for number, name in enumerate(names) if label.strip().casefold() in parts(name)]
-    if len(found) > 1:
-        raise ValueError(
-            f"class_labels: expected the name of one class, found {label!r}, the name of "
-            f"{', '.join(map(str, found[:-1]))} and {found[-1]}; give the number"
-        )
-    if not found:
+    if len(found) == 1:
+        return found[0]
+    if found:
+        expected, hint = "the name of one class", f", the name of {', '.join(map(str, found[:-1]))} and {found[-1]}"
+        hint += "; give the number"
+    else:
         known = {part: name for name in names for part in (*parts(name), name)}
         close = difflib.get_close_matches(label.casefold(), list(known), n=1)
-        raise ValueError(
-            f"class_labels: expected the name of a class, found {label!r}; "
-            + (f"did you mean {known[close[0]]!r}?" if close else f"the first of the {len(names)} is {names[0]!r}")
-        )
-    return found[0]
+        expected, hint = "the name of a class", f"; the first of the {len(names)} is {names[0]!r}"
+        hint = f"; did you mean {known[close[0]]!r}?" if close else hint
+    raise ValueError(f"class_labels: expected {expected}, found {label!r}{hint}")
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from runtime import provenance
 from runtime.files import Field, fields_of, read_record
 from sampling.batch_size import configured_batch_size
 from sampling.config import BLOCK, SampleConfig
+from sampling.generator import SampleGenerator
 
 FORMAT = "vae-repa-samples"
 VERSION = 1
@@ -60,35 +61,26 @@ def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch
         "tf32": config.tf32 and on_gpu,
         "checkpoint_digest": info["digest"],
         "checkpoint_format": info["format"],
-        "step": info["step"],
-        "path_type": info["path_type"],
         "diffusion": "2t" if is_sde else None,
         "guidance_scale": scale,
         "guidance_interval": None if scale == 1 else interval,
         "batch_size": configured_batch_size(config, device),
         "block_size": BLOCK,
         "device_type": device.type,
-        "vae_digest": info["vae_digest"],
         "latent_scale": info["scale"].to_dict(),
         "latent_shape": (sit.config.in_channels, sit.config.latent_size, sit.config.latent_size),
-        "resolution": info["resolution"],
         "uint8_rule": UINT8_RULE,
+        **{name: info[name] for name in ("step", "path_type", "vae_digest", "resolution")},
     }
 
 
-def describe_run(
-    settings: dict[str, Any],
-    info: dict[str, Any],
-    vae_name: str,
-    processes: int,
-    device: torch.device,
-    timing: dict[str, float],
-) -> dict[str, Any]:
+def describe_run(generator: SampleGenerator, processes: int, timing: dict[str, float]) -> dict[str, Any]:
     """What `samples.json` holds, but for what `SampleWriter.finish` adds."""
+    device, info = generator.device, generator.info
     return {
-        "settings": settings,
+        "settings": generator.settings,
         "checkpoint": info["source"],
-        "vae": vae_name,
+        "vae": info["vae"],
         "class_names": info["class_names"],
         "processes": processes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -132,19 +124,3 @@ def resume(config: SampleConfig, given: Set[str], recorded: dict[str, Any]) -> S
         given = given - {"per_proc_batch_size"}
     taken = {name: value for name, value in values.items() if name not in given and value is not None}
     return dataclasses.replace(config, **taken)
-
-
-def check_same(directory: Path, recorded: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Refuse to resume a set of samples with other settings.
-
-    Raises:
-        ValueError: names each setting that differs.
-    """
-    differing = [
-        f"{name} {recorded[name]} -> {settings[name]}" for name in SETTINGS if recorded[name] != settings[name]
-    ]
-    if differing:
-        raise ValueError(
-            f"{directory} holds samples of other settings: {'; '.join(differing)}; "
-            f"give those settings, or another --output-dir"
-        )

@@ -20,14 +20,14 @@ import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from runtime.files import fsync, full_disk_is_an_error, sha256, to_json, write_at, write_atomically
 from sampling.config import SampleConfig
-from sampling.record import FORMAT, VERSION, check_same, read_settings
+from sampling.record import FORMAT, SETTINGS, VERSION, read_settings
 
 CHUNK = 1 << 22  # bytes copied at a time
 GRID = 64  # images in the picture
@@ -53,8 +53,7 @@ class SampleWriter:
         self.image_bytes = settings["resolution"] ** 2 * 3
         self.num_batches = -(-self.num_samples // self.batch_size)
         self.png, self.npz = settings["png"], settings["npz"]
-        sizes = {"images.raw": self.num_samples * self.image_bytes, "done": self.num_batches}
-        for name, size in sizes.items():
+        for name, size in _sizes(settings).items():
             path = self.partial / name
             found = path.stat().st_size if path.is_file() else "no file"
             if found != size:
@@ -134,19 +133,14 @@ def write_npz(path: Path, raw: Path, shape: tuple[int, ...], labels: np.ndarray)
 
     The same content always gives the same bytes: no time is written into the archive.
     """
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with open(raw, "rb") as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as entry:
-            _write_header(entry, shape, np.uint8)
+            np.lib.format.write_array_header_1_0(entry, header)
             while chunk := source.read(CHUNK):
                 entry.write(chunk)
         with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as entry:
-            _write_header(entry, labels.shape, np.int64)
-            entry.write(labels.astype(np.int64).tobytes())
-
-
-def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: type) -> None:
-    description = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, description)
+            np.lib.format.write_array(entry, labels.astype(np.int64), version=(1, 0))
 
 
 def write_grid(path: Path, raw: Path, shape: tuple[int, ...]) -> None:
@@ -191,7 +185,14 @@ def is_complete(directory: Path, settings: dict[str, Any]) -> bool:
         raise ValueError(f"--output-dir: expected a directory, found the file {directory}; choose another")
     recorded = read_settings(directory)
     if recorded is not None:
-        check_same(directory, recorded, settings)
+        differing = [
+            f"{name} {recorded[name]} -> {settings[name]}" for name in SETTINGS if recorded[name] != settings[name]
+        ]
+        if differing:
+            raise ValueError(
+                f"{directory} holds samples of other settings: {'; '.join(differing)}; "
+                f"give those settings, or another --output-dir"
+            )
         return (directory / "samples.json").is_file()
     if directory.is_dir() and {path.name for path in directory.iterdir()} - {"partial"}:
         raise ValueError(f"--output-dir: expected a new directory or one of samples, found other files in {directory}")
@@ -201,6 +202,12 @@ def is_complete(directory: Path, settings: dict[str, Any]) -> bool:
 def remove_partial(directory: str | Path) -> None:
     """Of a whole directory, what a process that was killed at the very end has left."""
     shutil.rmtree(Path(directory) / "partial", ignore_errors=True)
+
+
+def _sizes(settings: dict[str, Any]) -> dict[str, int]:
+    """Bytes of each file of an unfinished set."""
+    images = settings["num_samples"] * settings["resolution"] ** 2 * 3
+    return {"images.raw": images, "done": -(-settings["num_samples"] // settings["batch_size"])}
 
 
 def create(directory: str | Path, settings: dict[str, Any]) -> None:
@@ -213,8 +220,8 @@ def create(directory: str | Path, settings: dict[str, Any]) -> None:
     partial = directory / "partial"
     if (partial / "settings.json").is_file():
         return
-    size = settings["num_samples"] * settings["resolution"] ** 2 * 3
-    needed = size * (2 if settings["npz"] else 1)
+    sizes = _sizes(settings)
+    needed = sizes["images.raw"] * (2 if settings["npz"] else 1)
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -226,8 +233,8 @@ def create(directory: str | Path, settings: dict[str, Any]) -> None:
         (partial / "images" if settings["png"] else partial).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output-dir: cannot make {partial} ({error.strerror}); choose another directory") from error
-    for name, length in (("images.raw", size), ("done", -(-settings["num_samples"] // settings["batch_size"]))):
-        with open(partial / name, "wb") as file:
-            file.truncate(length)
+    for name, size in sizes.items():
+        (partial / name).write_bytes(b"")
+        os.truncate(partial / name, size)
     # Last: before it, the directory counts as new.
     write_atomically(partial / "settings.json", to_json({"settings": settings}))

@@ -616,7 +616,7 @@ def test_bad_flags_of_evaluation_are_named_before_anything_is_drawn(checkpoint, 
     assert "absent.npz" in line
     assert "features" in refused(capsys, arguments(checkpoint, output, evaluate=reference, features="vgg"))
     line = refused(capsys, arguments(checkpoint, output, evaluate=reference, features="vae", num_samples=3))
-    assert "--evaluate: expected more than 3 samples" in line
+    assert "--num-samples: expected more than 3 beside --evaluate" in line
     assert "nothing would be kept" in refused(capsys, [*arguments(checkpoint, output), "--no-npz"])
     assert not output.exists()
     line = refused(capsys, arguments(checkpoint, whole, evaluate=reference, features="vae"))
