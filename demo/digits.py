@@ -8,12 +8,10 @@ Shape suffixes: N images, R = 32 the side of an image.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
-
-if TYPE_CHECKING:
-    from sklearn.svm import SVC
+from PIL import Image
+from sklearn import datasets
+from sklearn.svm import SVC
 
 SMALL, SIDE = 8, 32  # sides of a digit as it was recorded and as the demo uses it
 LEVELS = 16  # the brightest of the recorded grey levels
@@ -22,8 +20,6 @@ HELD_OUT_EVERY = 5  # the digits 4, 9, 14, ... are shown neither to the VAE nor 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:  # () -> (1797, 64), (1797,)
     """The recorded digits, float64 in [0, 16], and what they show, int64 in [0, 9]."""
-    from sklearn import datasets
-
     digits = datasets.load_digits()
     return digits.data, digits.target.astype(np.int64)
 
@@ -39,8 +35,6 @@ def enlarge(digits: np.ndarray) -> np.ndarray:  # (N, 64) -> (N, R, R, 3)
     Bicubic, because it keeps the strokes smooth, where nearest leaves blocks, and sharp, where bilinear blurs them.
     Pillow resizes uint8 images in fixed-point arithmetic: the pixels are the same on every machine.
     """
-    from PIL import Image
-
     small = np.rint(digits * (255 / LEVELS)).astype(np.uint8).reshape(-1, SMALL, SMALL)
     large = [np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in small]
     return np.repeat(np.stack(large)[..., None], 3, axis=3)
@@ -58,8 +52,6 @@ def fit_classifier() -> SVC:
 
     It has seen neither the VAE nor an enlarged image. `predict` takes (N, 64) in [0, 16], as `reduce` gives.
     """
-    from sklearn.svm import SVC
-
     digits, labels = load_digits()
     fitted = ~held_out(np.arange(len(digits)))
     return SVC(C=10, gamma=0.001).fit(digits[fitted], labels[fitted])

@@ -8,8 +8,6 @@ makes `exps/demo/digits/7/0042.png` for the digit at position 42 of scikit-learn
 from __future__ import annotations
 
 import dataclasses
-import os
-from pathlib import Path
 
 from runtime import cli
 from runtime.cli import flag
@@ -20,26 +18,34 @@ class DigitsConfig:
     output_dir: str = flag(cli.REQUIRED, "folder for the class folders 0 to 9")
 
 
-def write_digits(folder: Path) -> int:
-    """Write the images that are missing from `folder`; returns the number of images in all, 1,797."""
-    from PIL import Image
+if __name__ == "__main__":
+    cli.parse(DigitsConfig, None, __doc__)  # answers --help before scikit-learn is imported
 
-    from demo.digits import enlarge, load_digits
+import io
+from pathlib import Path
 
+from PIL import Image
+
+from demo.digits import enlarge, load_digits
+from runtime.files import write_atomically
+
+
+def write_digits(directory: Path) -> int:
+    """Write the images that are missing from `directory`; returns the number of images in all, 1,797."""
     digits, labels = load_digits()
     for label in range(10):
-        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        (directory / str(label)).mkdir(parents=True, exist_ok=True)
     for index, (image, label) in enumerate(zip(enlarge(digits), labels, strict=True)):
-        path = folder / str(label) / f"{index:04d}.png"
+        path = directory / str(label) / f"{index:04d}.png"
         if not path.exists():
-            unfinished = path.with_suffix(".tmp")
-            Image.fromarray(image).save(unfinished, format="png")
-            os.replace(unfinished, path)
+            content = io.BytesIO()
+            Image.fromarray(image).save(content, format="png")
+            write_atomically(path, content.getvalue())
     return len(digits)
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = cli.parse(DigitsConfig, argv, "Write scikit-learn's handwritten digits as 32 x 32 images.")
+    config = cli.parse(DigitsConfig, argv, __doc__)
     count = write_digits(Path(config.output_dir))
     print(f"{count:,} digits in {config.output_dir}")
 

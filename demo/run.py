@@ -4,36 +4,20 @@
 
 runs the project's own commands, each shown as it starts, and leaves in `exps/demo`: `samples.png` (a column for each
 digit asked for), `summary.json` (the share of samples in which an independent classifier sees that digit, seconds,
-losses) and all that the commands made. A run that was stopped goes on with the same command.
+losses) and all that the commands made. A run that was stopped is resumed by the same command.
 
 Shape suffixes: N images, R = 32 image side, C = 4 latent channels, H = W = 8 latent side.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
-import shlex
-import subprocess
-import sys
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from demo.digits import enlarge, fit_classifier, held_out, load_digits, reduce
 from runtime import cli
 from runtime.cli import flag
 
-if TYPE_CHECKING:
-    from sklearn.svm import SVC
-
-ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 10
-ROWS, SCALE, GAP, HEADER = 10, 2, 6, 20  # the picture: images of a digit, enlargement, pixels between and above
+ROWS = 10  # of the picture: images of each digit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +31,37 @@ class DemoConfig:
             raise ValueError(f"--num-samples: expected a multiple of {CLASSES}, found {self.num_samples}")
         if self.max_train_steps < 2:
             raise ValueError(f"--max-train-steps: expected at least 2, found {self.max_train_steps}")
+
+
+if __name__ == "__main__":
+    # Answers --help and refuses wrong flags before torch is imported.
+    cli.run(lambda: cli.parse(DemoConfig, None, __doc__))
+
+import contextlib
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.spatial.distance import cdist
+from sklearn.svm import SVC
+
+from dataset import LatentDataset
+from demo.digits import enlarge, fit_classifier, held_out, load_digits, reduce
+from models.vae import decode_images, load_vae
+from reporting.log import read_log
+from runtime import provenance
+from runtime.files import to_json, write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def commands(config: DemoConfig, cores: int, gpus: int) -> dict[str, str]:
@@ -78,17 +93,17 @@ def commands(config: DemoConfig, cores: int, gpus: int) -> dict[str, str]:
         f" --checkpoint {out}/run/checkpoints/0000001",
         "training": f"{train} --max-train-steps {steps}",
         "samples": f"{sample} --output-dir {out}/samples --checkpoint {out}/run/checkpoints/{steps:07d}",
-        "measures before training": f"{evaluate} {out}/samples-before/samples.npz",
-        "measures": f"{evaluate} {out}/samples/samples.npz",
+        "metrics before training": f"{evaluate} {out}/samples-before/samples.npz",
+        "metrics": f"{evaluate} {out}/samples/samples.npz",
         "report": f"python -m analysis.report {out}/run --samples {out}/samples-before {out}/samples"
         f" --output {out}/report.html",
     }
 
 
-def run_stage(name: str, command: str, folder: Path) -> None:
+def run_stage(name: str, command: str, directory: Path) -> None:
     """Run a command in the project's folder, with its output in sight; its seconds are kept in `seconds.json`.
 
-    A stage that is stopped adds to its seconds when it goes on; one that had finished keeps them.
+    A stage that is stopped adds to its seconds when it is resumed; one that had finished keeps them.
 
     Raises:
         ValueError: the command failed.
@@ -104,39 +119,26 @@ def run_stage(name: str, command: str, folder: Path) -> None:
     try:
         code = subprocess.run(shlex.split(command), cwd=ROOT, env=environment).returncode
     finally:
-        seconds = read_json(folder / "seconds.json")
+        seconds = read_json(directory / "seconds.json")
         stage = seconds.setdefault(name, {"seconds": 0.0, "finished": False})
         if not stage["finished"]:
             stage["seconds"] += time.perf_counter() - begin
             stage["finished"] = code == 0
-            write_json(folder / "seconds.json", seconds)
+            write_atomically(directory / "seconds.json", to_json(seconds))
     if code:
-        raise ValueError(
-            f"stage {name!r} of the demo failed with exit code {code} (see above); what was made is kept: "
-            f"run the demo again once the cause is gone"
-        )
+        fix = "what was made is kept: run the demo again once the cause is gone"
+        raise ValueError(f"stage {name!r} of the demo failed with exit code {code} (see above); {fix}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a file that `write_json` wrote; nothing if there is none, or none that can be read."""
+    """The content of a file of this program's; nothing if there is none, or none that can be read."""
     with contextlib.suppress(OSError, json.JSONDecodeError):
         return json.loads(path.read_text())
     return {}
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
-
-
 def reconstruct_held_out(store_path: Path) -> tuple[np.ndarray, np.ndarray]:  # () -> (N, R, R, 3), (N,)
     """The VAE's images (uint8) of the latents' means, for the digits that nothing but the SiT was fitted to; labels."""
-    import torch
-
-    from dataset import LatentDataset
-    from models.vae import decode_images, load_vae
-
     store = LatentDataset(store_path)
     positions = np.array([int(Path(line).stem) for line in (store_path / "paths.txt").read_text().splitlines()])
     batch = store.__getitems__(np.flatnonzero(held_out(positions)))
@@ -166,8 +168,6 @@ def median_distances(images: np.ndarray) -> dict[str, float]:  # (N, R, R, 3) ->
     Medians of the root mean square difference at 8 x 8, in grey levels of 16. Samples much nearer than digits are to
     each other would be copies.
     """
-    from scipy.spatial.distance import cdist
-
     digits = reduce(enlarge(load_digits()[0]))  # (M, 64)
     between = cdist(digits, digits)
     np.fill_diagonal(between, np.inf)
@@ -180,113 +180,96 @@ def median_distances(images: np.ndarray) -> dict[str, float]:  # (N, R, R, 3) ->
 
 def draw_grid(images: np.ndarray, labels: np.ndarray, recognised: np.ndarray, path: Path) -> None:
     """A PNG of the first `ROWS` images (N, R, R, 3) of each digit, a column a digit; a red frame if not recognised."""
-    from PIL import Image, ImageDraw
-
-    side = images.shape[1] * SCALE
-    step = side + GAP
-    canvas = Image.new("RGB", (CLASSES * step + GAP, HEADER + ROWS * step + GAP), "white")
-    draw = ImageDraw.Draw(canvas)
+    figure = Figure(figsize=(7, 7.2), dpi=100, layout="constrained")
+    axes = figure.subplots(ROWS, CLASSES)
+    for cell in axes.flat:
+        cell.set(xticks=[], yticks=[], frame_on=False)
     for digit in range(CLASSES):
-        left = GAP + digit * step
-        draw.text((left + side / 2, HEADER / 2 + GAP / 2), str(digit), fill="black", anchor="mm", font_size=16)
-        for row, index in enumerate(np.flatnonzero(labels == digit)[:ROWS]):
-            top = HEADER + GAP + row * step
+        axes[0, digit].set_title(digit)
+        for cell, index in zip(axes[:, digit], np.flatnonzero(labels == digit)[:ROWS], strict=False):
+            cell.imshow(images[index], interpolation="bicubic")
             if not recognised[index]:
-                draw.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), fill="red")
-            canvas.paste(Image.fromarray(images[index]).resize((side, side), Image.Resampling.BICUBIC), (left, top))
-    unfinished = path.with_suffix(".tmp")
-    canvas.save(unfinished, format="png")
-    os.replace(unfinished, path)
+                cell.set_frame_on(True)
+                cell.spines[:].set(color="red", linewidth=3)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_atomically(path, content.getvalue())
 
 
-def load_samples(folder: Path) -> tuple[np.ndarray, np.ndarray]:  # () -> (N, R, R, 3), (N,)
-    with np.load(folder / "samples.npz", allow_pickle=False) as samples:
+def load_samples(directory: Path) -> tuple[np.ndarray, np.ndarray]:  # () -> (N, R, R, 3), (N,)
+    with np.load(directory / "samples.npz", allow_pickle=False) as samples:
         return samples["arr_0"], samples["arr_1"]
 
 
+def share(recognised: np.ndarray) -> float:
+    return float(recognised.mean())
+
+
 def summarise(
-    recognised: np.ndarray,
-    before: np.ndarray,
-    labels: np.ndarray,
-    classifier: dict[str, float],
-    distances: dict[str, float],
-    measures: dict[str, dict[str, float]],
-    rows: list[dict[str, float]],
-    seconds: dict[str, dict[str, Any]],
+    recognised: np.ndarray, before: np.ndarray, labels: np.ndarray, rows: list[dict], seconds: dict[str, dict]
 ) -> dict[str, Any]:
-    """What `summary.json` says of the run.
+    """What `summary.json` says of samples, losses and seconds.
 
     Args:
         recognised: (N,) bool, for each sample whether the classifier sees the digit asked for; `before`: the same for
             the samples drawn before training. labels: (N,) the digits asked for.
-        classifier: the classifier's own accuracies. distances: as `median_distances` gives them. measures: "before" and
-            "after" training, those of evaluations.evaluate on the VAE's features.
         rows: the training log, at least one row.
         seconds: by stage, as `run_stage` keeps them.
     """
+    first, last = rows[0], rows[-1]
+    losses = [name for name in first if name == "velocity" or name.startswith("align_")]
+    steps = [first["step"], last["step"]]
+    times = {name: stage["seconds"] for name, stage in seconds.items()}
+    times["total"] = sum(times.values())
     return {
-        "recognised": float(recognised.mean()),
-        "recognised_by_digit": {str(digit): float(recognised[labels == digit].mean()) for digit in range(CLASSES)},
-        "recognised_before_training": float(before.mean()),
+        "recognised": share(recognised),
+        "recognised_by_digit": {str(digit): share(recognised[labels == digit]) for digit in range(CLASSES)},
+        "recognised_before_training": share(before),
         "samples": len(recognised),
-        "classifier": classifier,
-        "nearest_digit": distances,
-        "measures": measures,
-        "losses": {
-            name: {"first": rows[0][name], "last": rows[-1][name], "steps": [rows[0]["step"], rows[-1]["step"]]}
-            for name in rows[0]
-            if name == "velocity" or name.startswith("align_")
-        },
-        "seconds": {
-            **{name: round(stage["seconds"], 1) for name, stage in seconds.items()},
-            "total": round(sum(stage["seconds"] for stage in seconds.values()), 1),
-        },
+        "losses": {name: {"first": first[name], "last": last[name], "steps": steps} for name in losses},
+        "seconds": {name: round(value, 1) for name, value in times.items()},
     }
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = cli.parse(DemoConfig, argv, "Train SiT + VAE-REPA on real digits, draw 1,000 and have them judged.")
-    import torch
-
-    from reporting.log import read_log
-    from runtime import provenance
-
-    folder = ROOT / config.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
+    config = cli.parse(DemoConfig, argv, __doc__)
+    directory = ROOT / config.output_dir
+    directory.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     stages = commands(config, cores, torch.cuda.device_count())
     for name, command in stages.items():
-        run_stage(name, command, folder)
+        run_stage(name, command, directory)
 
+    # The judgement: what does the independent classifier see?
     begin = time.perf_counter()
-    classifier, accuracy = judge_classifier(folder / "latents")
-    images, labels = load_samples(folder / "samples")
+    classifier, accuracy = judge_classifier(directory / "latents")
+    images, labels = load_samples(directory / "samples")
     recognised = classifier.predict(reduce(images)) == labels
-    images_before, labels_before = load_samples(folder / "samples-before")
+    images_before, labels_before = load_samples(directory / "samples-before")
     before = classifier.predict(reduce(images_before)) == labels_before
-    draw_grid(images, labels, recognised, folder / "samples.png")
-    seconds = read_json(folder / "seconds.json")
+    draw_grid(images, labels, recognised, directory / "samples.png")
+    seconds = read_json(directory / "seconds.json")
     seconds.setdefault("judgement", {"seconds": time.perf_counter() - begin, "finished": True})
-    write_json(folder / "seconds.json", seconds)
-    measures = {
-        name: json.loads((folder / samples / "metrics.json").read_text())["metrics"]
+    write_atomically(directory / "seconds.json", to_json(seconds))
+
+    # The summary. A run that finds everything finished keeps the date and revision of the one that made it.
+    summary = summarise(recognised, before, labels, read_log(directory / "run"), seconds)
+    summary |= {"classifier": accuracy, "nearest_digit": median_distances(images), "commands": stages}
+    summary["metrics"] = {
+        name: read_json(directory / samples / "metrics.json")["metrics"]
         for name, samples in (("before", "samples-before"), ("after", "samples"))
     }
-    rows, distances = read_log(folder / "run"), median_distances(images)
-    summary = summarise(recognised, before, labels, accuracy, distances, measures, rows, seconds)
-    summary["commands"] = stages
-    # A run that finds everything finished keeps the date and revision of the one that made it.
-    known = read_json(folder / "summary.json")
+    known = read_json(directory / "summary.json")
     if any(known.get(name) != value for name, value in summary.items()):
-        write_json(folder / "summary.json", summary | provenance.stamp())
+        write_atomically(directory / "summary.json", to_json(summary | provenance.stamp()))
     report(summary, config.output_dir)
 
 
 def report(summary: dict[str, Any], output_dir: str) -> None:
     """The result in a few lines."""
     losses = ", ".join(f"{name} {loss['first']:.3f} -> {loss['last']:.3f}" for name, loss in summary["losses"].items())
-    before, after = summary["measures"]["before"], summary["measures"]["after"]
-    measures = ", ".join(f"{name} {before[name]:.3g} -> {after[name]:.3g}" for name in after)
+    before, after = summary["metrics"]["before"], summary["metrics"]["after"]
+    metrics = ", ".join(f"{name} {before[name]:.3g} -> {after[name]:.3g}" for name in after)
     classifier, seconds = summary["classifier"], summary["seconds"]
     print(
         f"\n=== result\n"
@@ -295,7 +278,7 @@ def report(summary: dict[str, Any], output_dir: str) -> None:
         f"{classifier['accuracy']:.1%} of {classifier['held_out_digits']} real digits it was not fitted to, and on "
         f"{classifier['accuracy_reconstructed']:.1%} of them after the VAE\n"
         f"losses   {losses}\n"
-        f"measures {measures}\n"
+        f"metrics  {metrics}\n"
         f"seconds  {', '.join(f'{name} {value:g}' for name, value in seconds.items())}\n"
         f"see      {output_dir}/samples.png, {output_dir}/report.html, {output_dir}/summary.json"
     )

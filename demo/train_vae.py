@@ -12,23 +12,9 @@ Shape suffixes: N images, B batch, R = 32 image side, C = 4 latent channels, H =
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import os
-import platform
-import time
-from datetime import date
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from runtime import cli
 from runtime.cli import flag
-
-if TYPE_CHECKING:
-    import torch
-    from diffusers import AutoencoderKL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,26 +31,38 @@ class VaeConfig:
     seed: int = flag(0, "seed of the initial weights and of every draw", group="training")
 
 
+if __name__ == "__main__":
+    cli.parse(VaeConfig, None, __doc__)  # answers --help and refuses wrong flags before torch is imported
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from tqdm import tqdm
+
+from demo.digits import held_out
+from runtime import provenance
+from runtime.files import to_json, write_atomically
+
+
 def read_digits(source: Path) -> tuple[np.ndarray, np.ndarray]:  # () -> (N, R, R, 3), (N,)
     """The images (uint8) in the order of their file names, which are their positions in scikit-learn's list (int64).
 
     Raises:
         ValueError: no images there.
     """
-    from PIL import Image
-
     paths = sorted(source.glob("[0-9]/*.png"), key=lambda path: path.stem)
     if not paths:
-        raise ValueError(
-            f"expected class folders of digits in {source}, found none; "
-            f"fix: python -m demo.make_digits --output-dir {source}"
-        )
+        fix = f"python -m demo.make_digits --output-dir {source}"
+        raise ValueError(f"expected class folders of digits in {source}, found none; fix: {fix}")
     return np.stack([np.asarray(Image.open(path)) for path in paths]), np.array([int(path.stem) for path in paths])
 
 
 def build_vae(config: VaeConfig) -> AutoencoderKL:
-    from diffusers import AutoencoderKL
-
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -78,9 +76,6 @@ def build_vae(config: VaeConfig) -> AutoencoderKL:
 
 def train(vae: AutoencoderKL, pixels: torch.Tensor, config: VaeConfig) -> None:  # (N, 3, R, R) in [-1, 1]
     """Fit the VAE in place: mean squared error and a KL term, both means, so that neither grows with the image."""
-    import torch
-    from tqdm import tqdm
-
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-3)
     steps = config.epochs * (len(pixels) // config.batch_size)
@@ -111,8 +106,6 @@ def train(vae: AutoencoderKL, pixels: torch.Tensor, config: VaeConfig) -> None: 
 
 def measure(vae: AutoencoderKL, pixels: torch.Tensor, seed: int) -> dict[str, object]:  # (N, 3, R, R) in [-1, 1]
     """PSNR in dB of reconstructions from the posterior's mean and from a draw, and the latents' statistics."""
-    import torch
-
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(seed))
@@ -132,13 +125,8 @@ def measure(vae: AutoencoderKL, pixels: torch.Tensor, seed: int) -> dict[str, ob
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = cli.parse(VaeConfig, argv, "Train the demo's small autoencoder on the digits.")
+    config = cli.parse(VaeConfig, argv, __doc__)
     images, index = read_digits(Path(config.source))
-
-    import diffusers
-    import torch
-
-    from demo.digits import held_out
 
     start = time.perf_counter()
     torch.manual_seed(config.seed)
@@ -158,19 +146,12 @@ def main(argv: list[str] | None = None) -> None:
         "held_out_digits": measure(vae, pixels[kept_back], config.seed),
         "seconds": round(time.perf_counter() - start),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
-        "date": date.today().isoformat(),
+        "versions": provenance.versions(),
+        "date": provenance.now(),
     }
     vae.save_pretrained(config.output_dir)
-    path = Path(config.output_dir, "training.json")
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(unfinished, path)
-    print(json.dumps(record, indent=2))
+    write_atomically(Path(config.output_dir) / "training.json", to_json(record))
+    print(to_json(record))
 
 
 if __name__ == "__main__":

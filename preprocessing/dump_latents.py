@@ -51,7 +51,8 @@ class DumpConfig:
 
 
 if __name__ == "__main__":
-    cli.parse(DumpConfig, None, __doc__)  # answers --help and refuses wrong flags before torch is imported
+    # Answers --help and refuses wrong flags before torch is imported.
+    cli.run(lambda: cli.parse(DumpConfig, None, __doc__))
 
 import dataclasses
 import datetime

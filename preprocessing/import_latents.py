@@ -51,7 +51,8 @@ class ImportConfig:
 
 
 if __name__ == "__main__":
-    cli.parse(ImportConfig, None, __doc__)  # answers --help and refuses wrong flags before torch is imported
+    # Answers --help and refuses wrong flags before torch is imported.
+    cli.run(lambda: cli.parse(ImportConfig, None, __doc__))
 
 import dataclasses
 import hashlib

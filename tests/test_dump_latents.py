@@ -485,3 +485,5 @@ def test_a_user_sees_one_line_and_code_2(vae, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: --source: expected images")
     assert done.stderr.count("\n") == 1
+    done = subprocess.run([*command, "--limit", "0"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: --limit: expected at least 1, found 0\n")
