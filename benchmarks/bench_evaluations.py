@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -44,13 +43,10 @@ def passes(counts: tuple[int, int] = (64, 96), size: int = 256, batch_size: int 
     sets = [rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8) for count in counts]
     batches = [images[i : i + batch_size] for images in sets for i in range(0, len(images), batch_size)]
 
-    def over_batches(work: Callable) -> Callable[[], None]:
-        return lambda: [work(batch) for batch in batches]
-
     with tempfile.TemporaryDirectory() as name:
         reference, samples = (f"{name}/{side}.npz" for side in ("reference", "samples"))
-        for path, images in zip((reference, samples), sets, strict=True):
-            np.savez(path, images)
+        np.savez(reference, sets[0])
+        np.savez(samples, sets[1])
         last: list[Evaluation] = []
 
         def five_metrics() -> None:
@@ -64,27 +60,17 @@ def passes(counts: tuple[int, int] = (64, 96), size: int = 256, batch_size: int 
             for layer in ("pool", "spatial"):
                 metrics.frechet_distance(*pair[0].moments(layer), *pair[1].moments(layer))
 
-        bare, whole, distances, theirs = in_turn(
-            over_batches(network),
-            five_metrics,
-            two_distances,
-            over_batches(lambda batch: module(torch.from_numpy(batch).permute(0, 3, 1, 2))),
-            times=ROUNDS,
-        )
+        def fidelity(batch: np.ndarray) -> None:
+            module(torch.from_numpy(batch).permute(0, 3, 1, 2))
+
+        passes = [lambda work=work: [work(batch) for batch in batches] for work in (network, fidelity)]
+        bare, whole, distances, theirs = in_turn(passes[0], five_metrics, two_distances, passes[1], times=ROUNDS)
     five = [seconds - less for seconds, less in zip(whole, distances, strict=True)]
     columns = {"bare passes": bare, "five metrics": five, "torch-fidelity's own forward": theirs}
-    record(
-        "evaluations/five-metrics",
-        float(np.median([b / a for a, b in zip(bare, five, strict=True)])),
-        "times the bare passes",
-        bar="<= 1.10",
-        images=sum(counts),
-        size=size,
-        batch_size=batch_size,
-        rounds_seconds=list(zip(*columns.values(), strict=True)),
-        median_seconds={name: float(np.median(column)) for name, column in columns.items()},
-        threads=torch.get_num_threads(),
-    )
+    median, rounds = float(np.median(np.divide(five, bare))), list(zip(*columns.values(), strict=True))
+    about = {"images": sum(counts), "size": size, "batch_size": batch_size, "threads": torch.get_num_threads()}
+    about |= {"rounds_seconds": rounds, "median_seconds": {name: float(np.median(c)) for name, c in columns.items()}}
+    record("evaluations/five-metrics", median, "times the bare passes", bar="<= 1.10", **about)
 
 
 def frechet(widths: tuple[int, int] = (2048, 2023), count: int = 5000) -> None:

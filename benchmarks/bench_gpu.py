@@ -75,37 +75,23 @@ class Bench:
         self.results: dict[str, Any] = {}
         self.about = provenance.stamp() | {"settings": dataclasses.asdict(config)}
 
-    def measure(self, name: str, call: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-        """Run one measurement, print and keep what it gives; an error of one must not cost the others."""
+    def measure(self, name: str, call: Callable[..., dict[str, Any] | None], *arguments: Any) -> dict[str, Any]:
+        """Run one measurement, or a part that measures by itself, and keep what it gives, or why it failed."""
         late = time.perf_counter() - self.begin > self.config.seconds
         try:
             found = {"not_measured": "no time was left"} if late else call(*arguments)
-        except torch.OutOfMemoryError:
-            found = {"not_measured": "out of memory"}
         except Exception as error:
-            found = {"not_measured": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        self.results[name] = found
-        print(f"[{time.perf_counter() - self.begin:5.0f} s] {name}: {found}", flush=True)
-        Path(self.config.output).write_text(to_json(self.about | {"results": self.results}))
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            found = {"not_measured": "out of memory" if isinstance(error, torch.OutOfMemoryError) else reason}
+        if found:
+            self.results[name] = found
+            print(f"[{time.perf_counter() - self.begin:5.0f} s] {name}: {found}", flush=True)
+            Path(self.config.output).write_text(to_json(self.about | {"results": self.results}))
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        return found
-
-    def attempt(self, name: str, part: Callable, *arguments: Any) -> None:
-        """Run a part of several measurements, whose preparation may fail as well."""
-        failed: list[Exception] = []
-
-        def call() -> dict[str, Any]:
-            raise failed[0]
-
-        try:
-            part(self, *arguments)
-        except Exception as error:
-            failed.append(error)
-        if failed:
-            self.measure(name, call)
+        return found or {}
 
     def steps(self, step: Callable[[int], Any], images: int, steps: int | None = None) -> dict[str, Any]:
         return time_steps(self.device, step, steps or self.config.steps, images)
@@ -283,12 +269,10 @@ def sampling(bench: Bench, model: str) -> None:
 
 def decoding(bench: Bench) -> dict[str, Any]:
     """The SD-VAE's decoder with random weights, in float32 and in bfloat16 with channels last."""
-    sizes = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
-    blocks = {
-        f"{side.lower()}_block_types": (f"{side}{what}Block2D",) * 4
-        for side, what in (("Down", "Encoder"), ("Up", "Decoder"))
-    }
-    vae = AutoencoderKL(**sizes, **blocks).eval().requires_grad_(False).to(bench.device)
+    widths = (128, 256, 512, 512)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKL(block_out_channels=widths, layers_per_block=2, latent_channels=4, **blocks)
+    vae = vae.eval().requires_grad_(False).to(bench.device)
     side = bench.config.latent_size
     z, scale = torch.randn(16, 4, side, side, device=bench.device), LatentScale((1.0,), (0.0,))
     plain = bench.steps(lambda _: decode_latents(vae, z, scale), len(z))
@@ -311,13 +295,13 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(config, Path(name) / "store")
         bench.measure("peak/bf16_matmul", matmul_peak, bench)
-        bench.attempt(f"train/{first}", training, first)
-        bench.attempt(f"means/{first}", ablate_optimizations, first, config.batches[0])
-        bench.attempt(f"sample/{first}", sampling, first)
+        bench.measure(f"train/{first}", training, bench, first)
+        bench.measure(f"means/{first}", ablate_optimizations, bench, first, config.batches[0])
+        bench.measure(f"sample/{first}", sampling, bench, first)
         bench.measure("decode", decoding, bench)
         bench.measure("loop", loader_in_the_loop, bench, first, middle)
         for model in others:
-            bench.attempt(f"train/{model}", training, model)
+            bench.measure(f"train/{model}", training, bench, model)
     bench.measure("total_seconds", lambda: {"seconds": time.perf_counter() - bench.begin})
 
 

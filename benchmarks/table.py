@@ -17,15 +17,7 @@ import jinja2
 from benchmarks.record import RESULTS, ROOT
 
 README = ROOT / "README.md"
-TEMPLATE = Path(__file__).with_name("table.md.j2")
 BEGIN, END = "<!-- measured: by python -m benchmarks.table -->", "<!-- /measured -->"
-
-
-def latest() -> dict[str, dict[str, Any]]:
-    """The last record of each result."""
-    files = sorted(RESULTS.glob("*.jsonl"))
-    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    return {record["name"]: record for record in records}
 
 
 def total(found: dict[str, Any], prefix: str) -> Counter:
@@ -35,45 +27,26 @@ def total(found: dict[str, Any], prefix: str) -> Counter:
 
 def table() -> str:
     """The table as Markdown, between its marks."""
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
-    records, shown = latest(), []
-
-    def row(what: str, name: str, form: str, bar: str) -> str:
-        record = records[name]
-        shown.append(record)
-        missed = ""
-        if not environment.compile_expression(bar)(**record):
-            # Until November 2026 records called it "held_by".
-            reason = record.get("bottleneck") or record.get("held_by") or "see its record"
-            missed = f" (**bar missed**: {reason})"
-        return f"| {what.format(**record)} | {form.format(**record)}{missed} | {record['bar']} |"
-
-    gpu_file = RESULTS / "gpu.json"
-    gpu = json.loads(gpu_file.read_text()) if gpu_file.is_file() else {}
-
-    def gpu_row(what: str, name: str, form: str, bar: str) -> str:
-        model = gpu["settings"]["models"][0] if gpu else "SiT-XL/2"
-        found = gpu.get("results", {}).get(name.format(model=model), {"not_measured": True})
-        text = "not measured" if "not_measured" in found else form.format(**found)
-        return f"| {what.format(model=model)}, on {gpu.get('machine', 'one H100')} | {text} | {bar} |"
-
-    faults = json.loads((RESULTS / "reliability.json").read_text())
-    kills, harm = total(faults, "kills_"), total(faults, "harm_")
-    template = environment.from_string(TEMPLATE.read_text())
-    rows = template.render(row=row, gpu_row=gpu_row, kills=kills, harm=harm, soak=faults["soak"])
-    machines, days = (sorted({record[key] for record in shown}) for key in ("machine", "date"))
-    first, last = days[0][:10], days[-1][:10]
-    heading = (
-        f"On {' and '.join(machines)}, no GPU, {first if first == last else f'{first} to {last}'}; versions, "
-        f"revisions and spread are in `benchmarks/results/`."
+    files = sorted(RESULTS.glob("*.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    records = {record["name"]: record for record in lines}  # the last of each
+    faults, gpu = json.loads((RESULTS / "reliability.json").read_text()), RESULTS / "gpu.json"
+    text, environment = Path(__file__).with_name("table.md.j2").read_text(), jinja2.Environment()
+    rows = environment.from_string(text).render(
+        records=records,
+        shown=[record for name, record in records.items() if f'"{name}"' in text],
+        keeps=lambda bar, record: environment.compile_expression(bar)(**record),
+        kills=total(faults, "kills_"),
+        harm=total(faults, "harm_"),
+        soak=faults["soak"],
+        gpu=json.loads(gpu.read_text()) if gpu.is_file() else {},
     )
-    return "\n".join([BEGIN, heading, "", rows, END])
+    return "\n".join([BEGIN, rows, END])
 
 
 def main() -> None:
     text = README.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    README.write_text(before + table() + after)
+    README.write_text(text.split(BEGIN)[0] + table() + text.split(END)[1])
     print(table())
 
 
