@@ -28,13 +28,10 @@ class CompareConfig:
         REQUIRED, "directories of runs, the baseline first", group="what to compare", metavar="RUN", positional=True
     )
     samples: tuple[str, ...] = flag(
-        (),
-        "sets of samples that lie elsewhere: their directories, or their metrics.json",
-        group="what to compare",
-        metavar="PATH",
+        (), "more samples: their directories, or their metrics.json", group="what to compare", metavar="PATH"
     )
     metric: str | None = flag(
-        None, "metric of the curves; by default fid, or another Frechet distance that is there", group="what to compare"
+        None, "of the curves; by default fid or another Frechet distance", group="what to compare"
     )
     output_dir: str = flag("exps/compare", "directory of the results", group="what to compare")
 
@@ -46,27 +43,18 @@ class CompareConfig:
         None, "classes to draw, by number; by default 8 at even distances", group="images", metavar="CLASS"
     )
     seed: int = flag(0, "seed of the noise", group="images")
-    sampler: str = flag(
-        "ode-euler", "solver: ODE by Euler or Heun, SDE by Euler-Maruyama", choices=SAMPLERS, group="images"
-    )
+    sampler: str = flag("ode-euler", "ODE by Euler or Heun, SDE by Euler-Maruyama", choices=SAMPLERS, group="images")
     num_steps: int = flag(50, "steps of the solver; 250 with sde for the paper's", group="images")
     guidance_scale: float = flag(4.0, "v_null + scale (v_class - v_null): 1 is no guidance", group="images")
-    vae: str | None = flag(
-        None, "hub name, local directory or file of the VAE, if not where the checkpoints say", group="images"
-    )
+    vae: str | None = flag(None, "hub name or path of the VAE, if not where the checkpoints say", group="images")
     mixed_precision: str | None = flag(
-        None,
-        "precision of the network; bf16 on a GPU and no (float32) on a CPU unless set",
-        choices=("no", "bf16"),
-        group="images",
+        None, "of the network; bf16 on a GPU, no (float32) on a CPU unless set", choices=("no", "bf16"), group="images"
     )
     device: str | None = flag(None, "a GPU if there is one, unless set", choices=("cpu", "cuda"), group="images")
 
     def __post_init__(self):
         if len(self.runs) < 2:
-            raise ValueError(
-                f"expected at least two runs, found {len(self.runs)}; a single one is for python -m analysis.report"
-            )
+            raise ValueError("expected at least two runs, found one; a single one is for python -m analysis.report")
         check(self, "seed", self.seed >= 0, "at least 0")
         check(self, "num_steps", self.num_steps >= 1, "at least 1")
         check(self, "guidance_scale", math.isfinite(self.guidance_scale), "a finite number")
@@ -81,9 +69,10 @@ from matplotlib.figure import Figure
 
 from analysis.curves import compare_curves, draw_curves, speed_up_table
 from analysis.side_by_side import choose_steps, draw_all, listed
+from reporting.render import write_result
 from reporting.runs import Run, read_json, read_runs
 from runtime import provenance
-from runtime.files import to_json, write_atomically
+from runtime.files import to_json
 
 
 def check_alike(runs: list[Run]) -> None:
@@ -97,19 +86,13 @@ def check_alike(runs: list[Run]) -> None:
         if not run.checkpoints:
             continue
         sit = read_json(run.directory / "checkpoints" / f"{run.checkpoints[-1]:07d}" / "config.json")
-        own = {
-            "resolution": run.state.get("resolution"),
-            "number of classes": sit.get("num_classes"),
-            "latent shape": (sit.get("in_channels"), sit.get("latent_size"), sit.get("latent_size")),
-            "VAE": str(run.state.get("vae_digest"))[:12],
-        }
+        own = {"resolution": run.state.get("resolution"), "number of classes": sit.get("num_classes")}
+        own["latent shape"] = tuple(sit.get(name) for name in ("in_channels", "latent_size", "latent_size"))
+        own["VAE"] = str(run.state.get("vae_digest"))[:12]
         for name, value in own.items():
             facts.setdefault(name, {})[run.name] = str(value)
-    wrong = [
-        f"{name} ({', '.join(f'{run}: {value}' for run, value in values.items())})"
-        for name, values in facts.items()
-        if len(set(values.values())) > 1
-    ]
+    by_run = {name: ", ".join(f"{run}: {value}" for run, value in own.items()) for name, own in facts.items()}
+    wrong = [f"{name} ({by_run[name]})" for name, own in facts.items() if len(set(own.values())) > 1]
     if wrong:
         raise ValueError(f"expected runs that can be compared, found other {'; other '.join(wrong)}; leave one out")
     if len({tuple(run.state.get("class_names") or ()) for run in runs if run.checkpoints}) > 1:
@@ -124,26 +107,11 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Write one of the results.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
-    except OSError as error:
-        raise ValueError(f"--output-dir: cannot write {path} ({error.strerror}); choose another place") from error
-
-
 def main(argv: list[str] | None = None) -> None:
     config = cli.parse(CompareConfig, argv, __doc__)
     runs, others = read_runs(config.runs, config.samples)
     if others:
-        raise ValueError(
-            f"--samples: expected samples of these runs, found others: {listed([str(found.path) for found in others])}"
-        )
+        raise ValueError(f"--samples: expected samples of these runs, found {listed([one.path for one in others])}")
     check_alike(runs)
     compared = compare_curves(runs, config.metric)
     if config.images:
@@ -155,9 +123,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.images:
         figures["compare.png"], record["images"] = draw_all(config, runs)
     for name, figure in figures.items():
-        write(directory / name, to_png(figure))
+        write_result(directory / name, to_png(figure), "--output-dir")
     record |= provenance.stamp()
-    write(directory / "compare.json", to_json(record))
+    write_result(directory / "compare.json", to_json(record), "--output-dir")
     print(f"\n{speed_up_table(compared)}\n\n{directory}: {', '.join(figures)}, compare.json")
 
 

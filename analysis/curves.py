@@ -51,12 +51,9 @@ def choose_metric_curves(runs: list[Run], wanted: str | None) -> MetricCurves | 
     """
     measured = [(run, samples) for run in runs for samples in run.samples if samples.metrics and samples.step >= 0]
     names = list(dict.fromkeys(name for _, samples in measured for name in samples.metrics))
-    if wanted and wanted not in names:
-        raise ValueError(
-            f"--metric: expected one of {', '.join(names) or 'none'}, which these runs have, found {wanted}"
-        )
-    if wanted and not direction(wanted):
-        raise ValueError(f"--metric: expected one that is known to be better when higher or lower, found {wanted}")
+    known = [name for name in names if direction(name)]  # whether higher or lower is better
+    if wanted and wanted not in known:
+        raise ValueError(f"--metric: expected one of {', '.join(known) or 'none'} of these runs, found {wanted}")
     metric = wanted or preferred(names)
     if metric is None:
         return None
@@ -83,14 +80,13 @@ def choose_metric_curves(runs: list[Run], wanted: str | None) -> MetricCurves | 
 def smoothed(rows: list[dict[str, float]], column: str, window: float) -> Curve:
     """(step, mean of the column over the rows of the last `window` steps), of finite values."""
     known = [(row["step"], row[column]) for row in rows if finite(row.get(column)) is not None]
-    curve, first, total = [], 0, 0.0
-    for index, (step, value) in enumerate(known):
-        total += value
-        while first < index and known[first][0] <= step - window:
-            total -= known[first][1]
-            first += 1
-        curve.append((step, total / (index - first + 1)))
-    return curve
+    if not known:
+        return []
+    steps, values = (np.array(column) for column in zip(*known, strict=True))
+    ends = np.arange(1, len(steps) + 1)
+    first = np.minimum(np.searchsorted(steps, steps - window, side="right"), ends - 1)  # the row itself at least
+    totals = np.concatenate([[0.0], np.cumsum(values)])
+    return list(zip(steps.tolist(), ((totals[ends] - totals[first]) / (ends - first)).tolist(), strict=True))
 
 
 def first_crossing(curve: Curve, target: float, sign: int) -> Crossing:
@@ -196,13 +192,9 @@ def compare_curves(runs: list[Run], wanted: str | None) -> dict[str, Any]:
 def speed_up_table(compared: dict[str, Any]) -> str:
     """The speed-ups in Markdown."""
     baseline = compared["baseline"]
-    head = [
-        "run",
-        f"best {compared['quantity']}",
-        f"reaches {baseline['best']:.4g} ({baseline['run']}, step {baseline['step']:,.0f}) at",
-        "speed-up in steps",
-        f"speed-up in {compared['hours_are']}",
-    ]
+    target = f"{baseline['best']:.4g} ({baseline['run']}, step {baseline['step']:,.0f})"
+    head = ["run", f"best {compared['quantity']}", f"reaches {target} at", "speed-up in steps"]
+    head.append(f"speed-up in {compared['hours_are']}")
     lines = []
     for line in compared["reach"]:
         cells = [line["run"], "not measured", "–", "–", "–"]
@@ -239,9 +231,8 @@ def draw_curves(compared: dict[str, Any], names: Sequence[str]) -> Figure:
             panel.grid(alpha=0.3)
         line[0].xaxis.set_major_formatter(EngFormatter(sep=""))  # 400k
     labels = [f" {name}" for name in names]  # one that begins with _ would be left out
-    legend = figure.legend(
-        panels[0][0].lines[: len(names)], labels, loc="outside upper center", ncols=min(4, len(names))
-    )
+    lines, columns = panels[0][0].lines[: len(names)], min(4, len(names))
+    legend = figure.legend(lines, labels, loc="outside upper center", ncols=columns)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a name with dollar signs is no formula
     if compared["metric"] is None:

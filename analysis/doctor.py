@@ -67,9 +67,8 @@ def examine(path: str | Path) -> Iterator[Finding]:
         return examine_run(directory)
     if (directory / "samples.json").is_file():
         return examine_samples(directory)
-    raise ValueError(
-        f"expected a latent store (meta.json), a run (config.json) or samples (samples.json), found none in {directory}"
-    )
+    kinds = "a latent store (meta.json), a run (config.json) or samples (samples.json)"
+    raise ValueError(f"expected {kinds}, found none in {directory}")
 
 
 def examine_store(directory: Path) -> Iterator[Finding]:
@@ -91,19 +90,13 @@ def examine_store(directory: Path) -> Iterator[Finding]:
     z = store.scale.scale_latent(mean + std * torch.randn(std.shape, generator=torch.Generator().manual_seed(0)))
     text = f"scaled latents have a std of {z.std():.4f}"
     yield choose(0.5 < z.std() < 2, text, text, "dump the images again with --scale auto")  # false for NaN, too
-    yield choose(
-        not (std < 0).any(),
-        "stds of the posterior are not negative",
-        "stds of the posterior below 0",
-        "these are no stds (log-variances?): dump the images again",
-    )
+    remedy = "these are no stds (log-variances?): dump the images again"
+    yield choose(not (std < 0).any(), "stds of the posterior are not negative", "stds of the posterior below 0", remedy)
 
     empty = sorted(set(range(store.num_classes)) - set(np.unique(store.labels).tolist()))
     if empty:
-        yield Finding(
-            f"{len(empty)} classes without an image, the first of them {store.class_names[empty[0]]!r}",
-            "look at the source; a model can be trained, but not on those classes",
-        )
+        text = f"{len(empty)} classes without an image, the first of them {store.class_names[empty[0]]!r}"
+        yield Finding(text, "look at the source; a model can be trained, but not on those classes")
     skipped = store.meta["skipped"]
     if skipped:
         first = f"{skipped[0]['path']} ({skipped[0]['reason']})"
@@ -141,13 +134,10 @@ def examine_samples(directory: Path) -> Iterator[Finding]:
     if digest is None:
         yield Finding(f"{count:,} images, no samples.npz recorded")
         return
-    file = directory / "samples.npz"
-    yield choose(
-        file.is_file() and sha256(file) == digest,
-        f"{count:,} images, samples.npz as written",
-        "samples.npz is missing or changed since it was written",
-        "delete the directory and draw the samples again: the same command gives the same bytes",
-    )
+    file, wrong = directory / "samples.npz", "samples.npz is missing or changed since it was written"
+    remedy = "delete the directory and draw the samples again: the same command gives the same bytes"
+    whole = file.is_file() and sha256(file) == digest
+    yield choose(whole, f"{count:,} images, samples.npz as written", wrong, remedy)
 
 
 def examine_log(directory: Path, newest: int) -> Iterator[Finding]:

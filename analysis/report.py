@@ -27,10 +27,7 @@ class ReportConfig:
         REQUIRED, "directories of runs", group="what to report on", metavar="RUN", positional=True
     )
     samples: tuple[str, ...] = flag(
-        (),
-        "sets of samples that lie elsewhere: their directories, or their metrics.json",
-        group="what to report on",
-        metavar="PATH",
+        (), "more samples: their directories, or their metrics.json", group="what to report on", metavar="PATH"
     )
     output: str | None = flag(
         None, "the page; by default <run>/report.html, for several runs report.html", group="result", metavar="HTML"

@@ -44,12 +44,9 @@ def choose_steps(runs: list[Run], wanted: Sequence[int] | None) -> list[int]:
     shared = sorted(set(runs[0].checkpoints).intersection(*(run.checkpoints for run in runs[1:])))
     missing = [f"{step} of {run.name}" for step in wanted or () for run in runs if step not in run.checkpoints]
     if missing:
-        raise ValueError(f"--steps: expected checkpoints that all runs have, found none for {listed(missing)} ({have})")
+        raise ValueError(f"--steps: expected checkpoints of all runs, found none for {listed(missing)} ({have})")
     if not shared:
-        raise ValueError(
-            f"expected a step that all runs have a checkpoint of, found none ({have}); --no-images compares their "
-            f"curves alone"
-        )
+        raise ValueError(f"expected a step that all runs have a checkpoint of, found none ({have}); give --no-images")
     return sorted(set(wanted)) if wanted else evenly(shared, MAX_STEPS)
 
 
@@ -99,10 +96,8 @@ def draw_images(
     )
     images, finite = decode_latents(vae, z, info["scale"])
     if not finite.all():
-        raise ValueError(
-            f"expected finite samples, found some that are not from {info['source']}; fix: --mixed-precision no, or a "
-            f"lower --guidance-scale"
-        )
+        hint = "fix: --mixed-precision no, or a lower --guidance-scale"
+        raise ValueError(f"expected finite samples, found some that are not from {info['source']}; {hint}")
     return images.cpu()
 
 
@@ -128,14 +123,11 @@ def draw_all(config: CompareConfig, runs: list[Run]) -> tuple[Figure, dict[str, 
         digests.setdefault(run.name, {})[str(step)] = info["digest"]
     names = info["class_names"]
     heads = [names[label] if label < len(names) else str(label) for label in labels]
-    caption = (
-        f"the same noise and classes in each column\nseed {config.seed}, {config.sampler} {config.num_steps} steps, "
-        f"guidance {config.guidance_scale:g}"
-    )
+    recipe = f"seed {config.seed}, {config.sampler} {config.num_steps} steps, guidance {config.guidance_scale:g}"
     record = {"steps": steps, "classes": labels, "device": device.type}
     record |= {name: getattr(config, name) for name in "seed sampler num_steps guidance_scale".split()}
     record |= {"mixed_precision": choose_precision(config, device), "checkpoint_digests": digests}
-    return compose(rows, texts, heads, caption), record
+    return compose(rows, texts, heads, f"the same noise and classes in each column\n{recipe}"), record
 
 
 def compose(rows: Sequence[np.ndarray], texts: Sequence[str], heads: Sequence[str], caption: str) -> Figure:
@@ -155,19 +147,9 @@ def compose(rows: Sequence[np.ndarray], texts: Sequence[str], heads: Sequence[st
     width, height = left + count * (cell + gap), top + len(rows) * (cell + gap) + bottom
 
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    panels = figure.subplots(
-        len(rows),
-        count,
-        squeeze=False,
-        gridspec_kw={
-            "left": left / width,
-            "right": 1 - gap / width,
-            "top": 1 - top / height,
-            "bottom": (bottom + gap) / height,
-            "wspace": gap / cell,
-            "hspace": gap / cell,
-        },
-    )
+    edges = {"left": left / width, "right": 1 - gap / width, "top": 1 - top / height, "bottom": (bottom + gap) / height}
+    spaces = {"wspace": gap / cell, "hspace": gap / cell}
+    panels = figure.subplots(len(rows), count, squeeze=False, gridspec_kw=edges | spaces)
     style = {"fontsize": font * 72 / DPI, "parse_math": False}  # a name with dollar signs is no formula
     for panel, head in zip(panels[0], heads, strict=True):
         panel.set_title(shortened(head, int(cell / font * 1.6)), pad=gap / 2, **style)

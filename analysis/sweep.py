@@ -121,10 +121,7 @@ def run_command(title: str, command: list[str]) -> None:
     print(f"=== {title}\n{shlex.join(command)}", flush=True)
     code = subprocess.run(command).returncode
     if code:
-        raise ValueError(
-            f"{title} ended with code {code} (its message is above); mend it and give the same command again: finished "
-            f"runs are kept"
-        )
+        raise ValueError(f"{title} ended with code {code} (its message is above); the same command resumes the sweep")
 
 
 def results(config: SweepConfig, table: dict[str, Any]) -> list[dict[str, Any]]:
@@ -169,10 +166,7 @@ def write_table(lines: list[dict[str, Any]], directory: Path) -> None:
         return text if math.isnan(std) else f"{text} ± {std:.2g}"
 
     head = [name for name in columns if not name.endswith(" std")]
-    note = (
-        "Mean ± std over seeds, measured by analysis.sweep. Columns marked (paper) are the paper's: SiT-B/2, 400,000 "
-        "steps on ImageNet."
-    )
+    note = "Mean ± std over seeds. Columns marked (paper) are the paper's: SiT-B/2 on ImageNet, 400,000 steps."
     body = markdown_table(head, [[cell(line, name) for name in head] for line in lines])
     (directory / "table.md").write_text(f"{body}\n\n{note}\n")
 
@@ -182,9 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     path = Path(config.table)
     table = read_table(path if path.is_file() else ROOT / path)
     rows = config.rows or table["rows"]
-    unknown = [row for row in rows if row not in table["rows"]]
-    if unknown:
-        raise ValueError(f"--rows: expected some of {', '.join(table['rows'])}, found {' '.join(unknown)}")
+    check(config, "rows", all(row in table["rows"] for row in rows), f"some of {', '.join(table['rows'])}")
     for name in ("data_dir", "reference"):  # refused now, not after the first run's days of training
         check(config, name, Path(getattr(config, name)).exists(), "a file or directory that exists")
     directory = Path(config.output_dir)

@@ -37,26 +37,14 @@ def encode_picture(path: Path, characters: int) -> Picture | None:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for damaged files
         return None
     most_bytes = characters * 3 // 4 - 64  # before they become base64
-    if small:
-        content = _encode(image, "png")
-        if len(content) <= most_bytes:
-            return _picture(content, "png", small)
+    attempts = [("png", max(image.size), {})] if small else []
     for side, qualities in QUALITIES.items():
-        if side**2 / 20 > most_bytes:  # no picture of this side can be so small
-            continue
+        if side**2 / 20 <= most_bytes:  # else no picture of this side is small enough
+            attempts += [("jpeg", side, {"quality": quality}) for quality in qualities]
+    for kind, side, options in attempts:
         image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
-        for quality in qualities:
-            content = _encode(image, "jpeg", quality=quality)
-            if len(content) <= most_bytes:
-                return _picture(content, "jpeg", small)
-    return _picture(content, "jpeg", small)
-
-
-def _encode(image: Image.Image, kind: str, **options: int) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def _picture(content: bytes, kind: str, small: bool) -> Picture:
-    return Picture(f"data:image/{kind};base64,{base64.b64encode(content).decode()}", small)
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        if buffer.tell() <= most_bytes:
+            break
+    return Picture(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", small)

@@ -1,4 +1,4 @@
-"""Pages and cards from the templates in reporting/templates/.
+"""Pages and cards from the templates in reporting/templates/, and the writing of results.
 
 In `*.html` every value is escaped, so that what comes from files cannot become markup. In other templates (`*.md`, the
 style, the script) values stand as they are.
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+
+from runtime.files import write_atomically
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -34,3 +36,17 @@ def environment() -> jinja2.Environment:
 def render(template: str, **values: Any) -> str:
     """The text of a template, such as "report.html"."""
     return environment().get_template(template).render(**values)
+
+
+def write_result(path: str | Path, content: str | bytes, flag: str) -> None:
+    """Write a file that the user asked for; a reader sees all of it or none.
+
+    Raises:
+        ValueError: it cannot be written where `flag` says.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        raise ValueError(f"{flag}: cannot write {path} ({error.strerror}); choose another place") from error

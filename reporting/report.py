@@ -15,11 +15,10 @@ from typing import Any
 
 from reporting.metrics import describe, metrics_section, pictures_section
 from reporting.pictures import encode_pictures
-from reporting.render import TEMPLATES, render
+from reporting.render import TEMPLATES, render, write_result
 from reporting.runs import Run, Samples, hours, read_runs
 from reporting.values import count, evenly, finite, format_number
 from runtime import provenance
-from runtime.files import write_atomically
 
 MAX_RUNS = 32
 MAX_POINTS = 2000  # of a curve
@@ -54,14 +53,8 @@ def write_report(run_dirs: Sequence[Path], output: Path, samples: Sequence[Path]
     if not 1 <= len(run_dirs) <= MAX_RUNS:
         raise ValueError(f"expected 1 to {MAX_RUNS} runs for a page, found {len(run_dirs)}; name fewer")
     runs, others = read_runs(run_dirs, samples)
-    output = Path(output)
-    page = page_of(runs, others).encode("utf-8", "replace")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, page)
-    except OSError as error:
-        raise ValueError(f"--output: cannot write {output} ({error.strerror}); choose another place") from error
-    return output
+    write_result(output, page_of(runs, others).encode("utf-8", "replace"), "--output")
+    return Path(output)
 
 
 def page_of(runs: list[Run], others: list[Samples]) -> str:
@@ -75,6 +68,8 @@ def page_of(runs: list[Run], others: list[Samples]) -> str:
         chart["index"] = index
 
     script = (TEMPLATES / "report.js").read_text()
+    functions = {"describe": describe, "number": format_number, "setting": format_setting, "count": count}
+    functions["row_names"] = lambda columns: dict.fromkeys(name for facts in columns.values() for name in facts)
     return render(
         "report.html",
         title=", ".join(run.name for run in runs[:4]) + (f" and {len(runs) - 4} others" if len(runs) > 4 else ""),
@@ -95,12 +90,7 @@ def page_of(runs: list[Run], others: list[Samples]) -> str:
         several_runs=len({one.run for one in sets}) > 1,
         several_data_sets=len({run.record.get("data_digest") for run in runs} - {None}) > 1,
         max_table_rows=MAX_TABLE_ROWS,
-        # What the template calls.
-        describe=describe,
-        row_names=lambda columns: dict.fromkeys(name for facts in columns.values() for name in facts),
-        number=format_number,
-        setting=format_setting,
-        count=count,
+        **functions,
     )
 
 
@@ -223,11 +213,11 @@ def thinned(rows: list[dict[str, float]], limit: int) -> list[dict[str, float]]:
     """
     if len(rows) <= limit:
         return rows
-    events = [
-        index
-        for index, row in enumerate(rows)
-        if row.get("skipped_steps") or row.get("spikes") or finite(row.get("loss", 0)) is None
-    ]
+
+    def is_event(row: dict[str, float]) -> bool:
+        return bool(row.get("skipped_steps") or row.get("spikes")) or finite(row.get("loss", 0)) is None
+
+    events = [index for index, row in enumerate(rows) if is_event(row)]
     kept = set(evenly(events, max(1, limit // 2))) if events else set()
     kept |= set(evenly(range(len(rows)), limit - len(kept)))
     return [rows[index] for index in sorted(kept)]

@@ -25,6 +25,7 @@ from diffusion.samplers import sample_ode, sample_sde
 from models.load import load_sit
 from models.sit import SiT, SiTConfig
 from models.vae import LatentScale, decode_images, load_vae, vae_digest
+from reporting.render import write_result
 from reporting.runs import read_runs
 from runtime import cli
 from runtime.seeding import block_generator
@@ -385,7 +386,7 @@ def test_checkpoints_are_at_most_four_evenly_chosen_and_shared(vae, tmp_path):
 
 
 def test_results_appear_whole_or_not_at_all(tmp_path, monkeypatch):
-    compare.write(tmp_path / "a", b"before")
+    write_result(tmp_path / "a", b"before", "--output-dir")
     real = Path.write_bytes
 
     def torn(path, content):
@@ -394,7 +395,7 @@ def test_results_appear_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", torn)
     with pytest.raises(ValueError, match="--output-dir: cannot write"):
-        compare.write(tmp_path / "a", b"after")
+        write_result(tmp_path / "a", b"after", "--output-dir")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"before")]
 
 
