@@ -88,7 +88,7 @@ def sample(config: SampleConfig, given: frozenset[str], rank: int, processes: in
             allow_tf32(settings["tf32"])
             load_as = settings["compile"], settings["vae_precision"]
             if load_as != loaded_as:
-                sit = sit if loaded_as is None else load_sit(checkpoint)[0]
+                sit = sit if loaded_as is None else load_sit(info["source"])[0]
                 vae, loaded_as = load_vae(info["vae"]), load_as
                 shape = settings["resolution"], settings["latent_shape"]
                 check_vae(vae, info["vae"], settings["vae_digest"], "the checkpoint", *shape)

@@ -74,6 +74,18 @@ def test_a_resume_takes_from_the_record_what_was_not_given(checkpoint, whole, tm
     assert "batch_size 16 -> 32" in line
 
 
+def test_in_a_sweep_each_set_is_resumed_with_its_own_precision(checkpoint, tmp_path, monkeypatch):
+    sweep = {"num_samples": 32, "guidance_scale": (1.0, 2.0, 3.0)}
+    bf16 = {"num_samples": 32, "guidance_scale": 2.0, "vae_precision": "bf16"}
+    name = "run-0000007-sde3-cfg{}-seed0-n32"
+    begin(checkpoint, tmp_path / "sweep" / name.format(2), monkeypatch, **bf16)
+    sample_ddp.main(arguments(checkpoint, tmp_path / "sweep", **sweep))
+    for scale in (1, 2, 3):
+        alone = {"num_samples": 32, "guidance_scale": float(scale)}
+        draw(checkpoint, tmp_path / str(scale), **bf16 if scale == 2 else alone)
+        assert same_npz(tmp_path / "sweep" / name.format(scale), tmp_path / str(scale))
+
+
 def test_another_checkpoint_is_refused(whole, tmp_path, capsys):
     other = make_checkpoint(tmp_path, lambda sit: sit.final_layer.linear.weight.mul_(2))
     line = refused(capsys, ["--checkpoint", other, "--output-dir", whole])
