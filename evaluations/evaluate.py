@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,47 +25,37 @@ from runtime import cli
 from runtime.cli import REQUIRED, flag
 
 FEATURES = ("inception", "dinov2", "vae", "random")
+measured, network = partial(flag, group="what to measure"), partial(flag, group="networks")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     samples: str = flag(REQUIRED, "what to measure", group="files", positional=True)
     ref: str | None = flag(None, "what to measure against; without it only the inception score is", group="files")
-    output: str | None = flag(
-        None, "the result; by default metrics.json in the samples' folder", group="files", metavar="JSON"
-    )
-    save_stats: str | None = flag(
-        None, "also write the samples' statistics to this npz, to be a reference or samples later", group="files"
-    )
+    output: str | None = flag(None, "default: metrics.json in the samples' folder", group="files", metavar="JSON")
+    save_stats: str | None = flag(None, "npz for the samples' statistics, to be a reference or samples", group="files")
 
-    metrics: str | None = flag(
+    metrics: str | None = measured(
         None,
         "comma-separated: fid, sfid, is, precision, recall, kid; with other features random-frechet, fd-dinov2, "
         "vae-frechet and so on; by default all but kid",
-        group="what to measure",
     )
-    features: str = flag(
+    features: str = measured(
         "inception",
-        "comma-separated: inception (the ADM suite's), dinov2 (FD-DINOv2); for offline use vae (needs --vae), random",
-        group="what to measure",
+        "comma-separated: inception (the ADM suite's), dinov2 (FD-DINOv2); offline: vae (needs --vae), random",
     )
-    distance: str = flag(
+    distance: str = measured(
         "fp16",
         "for precision and recall: fp16 as the ADM suite, whose sums' order is the hardware's (about 0.01), or fp32",
         choices=("fp16", "fp32"),
-        group="what to measure",
     )
-    k: int = flag(3, "for precision and recall: neighbour whose distance is the radius", group="what to measure")
-    split_size: int = flag(5000, "images of a split of the inception score", group="what to measure")
-    stored: bool = flag(
-        True, "use statistics that an npz holds beside its images (--no-stored: compute them)", group="what to measure"
-    )
+    k: int = measured(3, "for precision and recall: neighbour whose distance is the radius")
+    split_size: int = measured(5000, "images of a split of the inception score")
+    stored: bool = measured(True, "use statistics that an npz holds beside its images (--no-stored: compute them)")
 
-    inception_weights: str | None = flag(
-        None, "weights-inception-2015-12-05-6726825d.pth; by default torch's cache, or a download", group="networks"
-    )
-    dinov2_weights: str | None = flag(None, "weights of DINOv2 ViT-L/14; by default from the hub", group="networks")
-    vae: str | None = flag(None, "folder of an AutoencoderKL, for --features vae", group="networks")
+    inception_weights: str | None = network(None, "weights-inception-2015-12-05-6726825d.pth; by default downloaded")
+    dinov2_weights: str | None = network(None, "weights of DINOv2 ViT-L/14; by default from the hub")
+    vae: str | None = network(None, "folder of an AutoencoderKL, for --features vae")
 
     batch_size: int = flag(64, "images per pass of a process", group="speed")
     device: str | None = flag(None, "cpu, cuda or cuda:1; by default a GPU if there is one", group="speed")
@@ -97,9 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("batch_size", "k", "split_size"):
         cli.check(config, name, getattr(config, name) >= 1, "at least 1")
     features = tuple(config.features.split(","))
-    each_once = len(set(features)) == len(features) and set(features) <= set(FEATURES)
-    cli.check(config, "features", each_once, f"names among {', '.join(FEATURES)}, each once")
-    saving = config.save_stats is not None
+    once = len(set(features)) == len(features)
+    cli.check(config, "features", once and {*features} <= {*FEATURES}, f"names among {', '.join(FEATURES)}, each once")
+    saving = bool(config.save_stats)
     cli.check(config, "features", not saving or len(features) == 1, "one of them with --save-stats")
     names = choose_metrics(config.metrics.split(",") if config.metrics else (), features, bool(config.ref), saving)
     source = open_images(config.samples)
@@ -108,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     if source.kind != "statistics" and "arr_0" in source.members and source.count <= config.k:
         raise ValueError(f"expected at least k + 1 = {config.k + 1} samples, found {source.count} in {config.samples}")
     directory = source.path if source.path.is_dir() else source.path.parent
+    sampling = read_sampling(directory)
     output = Path(config.output or directory / "metrics.json")
     check_writable(output, "output")
     if config.save_stats:
@@ -127,7 +119,6 @@ def main(argv: list[str] | None = None) -> None:
     if values is not None:
         if config.save_stats:
             save_statistics(config.save_stats, evaluation.samples[features[0]])
-        sampling = read_sampling(directory)
         labels = source.labels
         if labels is None and isinstance((sampling or {}).get("labels"), list):
             labels = np.asarray(sampling["labels"])
@@ -192,10 +183,7 @@ def print_table(record: dict[str, Any]) -> None:
     for name, network in record["features"].items():
         print(f"features   {name}, weights {network['weights_sha256'][:12]}")
     width = max(map(len, record["metrics"]), default=0)
-    print()
-    for name, value in record["metrics"].items():
-        print(f"  {name:<{width}}  {value:.6g}")
-    print()
+    print("", *(f"  {name:<{width}}  {value:.6g}" for name, value in record["metrics"].items()), "", sep="\n")
     for warning in record["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
 

@@ -18,26 +18,19 @@ from tqdm import tqdm
 from evaluations import metrics
 from evaluations.feature_stats import FeatureStatistics
 from evaluations.images import DirectoryImages, NpzImages, StoredStatistics, StoreImages, open_images, prefetched
-from evaluations.networks import FeatureNetwork
 
 Source = NpzImages | DirectoryImages | StoreImages | StoredStatistics
 
 # Of each network: a metric's name -> what is computed and on which layer.
 METRICS = {
-    "inception": {
-        "fid": ("frechet", "pool"),
-        "sfid": ("frechet", "spatial"),
-        "is": ("score", "logits"),
-        "precision": ("precision", "pool"),
-        "recall": ("recall", "pool"),
-        "kid": ("kid", "pool"),
-    },
+    "inception": {"fid": ("frechet", "pool"), "sfid": ("frechet", "spatial"), "is": ("score", "logits")},
     "random": {"random-frechet": ("frechet", "pool"), "random-spatial-frechet": ("frechet", "spatial")},
     "dinov2": {"fd-dinov2": ("frechet", "pool")},
     "vae": {"vae-frechet": ("frechet", "pool")},
 }
-for _network in ("random", "dinov2", "vae"):
-    METRICS[_network] |= {f"{_network}-{kind}": (kind, "pool") for kind in ("precision", "recall", "kid")}
+for _network, _metrics in METRICS.items():
+    _prefix = "" if _network == "inception" else f"{_network}-"
+    _metrics.update({_prefix + kind: (kind, "pool") for kind in ("precision", "recall", "kid")})
 FULL_COUNT = 50_000  # samples of published values
 REFERENCE_COUNT = 10_000  # images of the 256 x 256 reference
 
@@ -91,15 +84,6 @@ def choose_metrics(
     return names
 
 
-def required_layers(names: Iterable[str], network: str, of_reference: bool = False) -> tuple[list[str], list[str]]:
-    """Layers whose moments, and layers whose features, the metrics `names` of `network` are computed from."""
-    needed = [METRICS[network][name] for name in names if name in METRICS[network]]
-    needed = [(kind, layer) for kind, layer in needed if not (of_reference and kind == "score")]
-    moments = sorted({layer for kind, layer in needed if kind == "frechet"})
-    keep = sorted({layer for kind, layer in needed if kind != "frechet"})
-    return moments, keep
-
-
 class Evaluation:
     """Measures images against a reference as they come: what `evaluate.py` and a sampler need.
 
@@ -111,7 +95,7 @@ class Evaluation:
     Under `torch.distributed` every rank makes one, updates it with images of its own, and calls `finish`.
 
     Args:
-        networks: each name once.
+        networks: `FeatureNetwork` objects, each name once.
         reference: path, or `None` for metrics that need none. It is measured at once, before any slow sampling.
         settings: see there.
         progress: show bars (on rank 0).
@@ -122,12 +106,7 @@ class Evaluation:
     """
 
     def __init__(
-        self,
-        networks: Iterable[FeatureNetwork],
-        reference: str | None,
-        settings: Settings,
-        progress: bool = True,
-        saving: bool = False,
+        self, networks: Iterable, reference: str | None, settings: Settings, progress: bool = True, saving: bool = False
     ):
         self.settings, self.progress = settings, progress
         self.networks = {network.name: network for network in networks}
@@ -150,12 +129,15 @@ class Evaluation:
         self.samples = self._empty()
 
     def _empty(self, of_reference: bool = False, every: bool = False) -> dict[str, FeatureStatistics]:
-        return {
-            name: FeatureStatistics(
-                network, *required_layers(METRICS[name] if every else self.names, name, of_reference)
-            )
-            for name, network in self.networks.items()
-        }
+        """Statistics, without images as yet, of the layers that this side's metrics are computed from."""
+        sets = {}
+        for name, network in self.networks.items():
+            needed = [METRICS[name][metric] for metric in (METRICS[name] if every else self._of(name))]
+            needed = [(kind, layer) for kind, layer in needed if not (of_reference and kind == "score")]
+            moments = sorted({layer for kind, layer in needed if kind == "frechet"})
+            keep = sorted({layer for kind, layer in needed if kind != "frechet"})
+            sets[name] = FeatureStatistics(network, moments, keep)
+        return sets
 
     def _of(self, network: str) -> tuple[str, ...]:
         return tuple(name for name in self.names if name in METRICS[network])
@@ -185,13 +167,11 @@ class Evaluation:
         # Measure this rank's images.
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         start, stop = (source.count * part // world_size for part in (rank, rank + 1))
-        position = start
-        shown = self.progress and rank == 0
-        with tqdm(total=stop - start, desc=title, unit="image", disable=not shown) as bar:
-            for batch in prefetched(source.batches(start, stop, self.settings.batch_size)):
+        with tqdm(total=stop - start, desc=title, unit="image", disable=rank > 0 or not self.progress) as bar:
+            for index, batch in enumerate(prefetched(source.batches(start, stop, self.settings.batch_size))):
+                first = start + index * self.settings.batch_size
                 for statistics in rest:
-                    statistics.update(batch, range(position, position + len(batch)))
-                position += len(batch)
+                    statistics.update(batch, range(first, first + len(batch)))
                 bar.update(len(batch))
         for statistics in rest:
             statistics.gather()
@@ -269,8 +249,7 @@ def compute_metrics(
         names: from `METRICS[samples.network.name]`.
         settings: distance, k and split size are taken from here.
     """
-    values = {}
-    pair = None  # precision and recall come together
+    values, pair = {}, {}
     for name in names:
         kind, layer = METRICS[samples.network.name][name]
         if kind == "frechet":
@@ -280,28 +259,27 @@ def compute_metrics(
         elif kind == "kid":
             values[name] = metrics.kid(reference.kept(layer), samples.kept(layer))
         else:
-            if pair is None:
+            if not pair:  # precision and recall come together
                 sets = reference.kept(layer), samples.kept(layer)
-                pair = metrics.precision_recall(*sets, k=settings.k, distance=settings.distance)
-            values[name] = pair[("precision", "recall").index(kind)]
+                found = metrics.precision_recall(*sets, k=settings.k, distance=settings.distance)
+                pair = dict(zip(("precision", "recall"), found, strict=True))
+            values[name] = pair[kind]
     return values
 
 
-def warnings_about(
-    samples_count: int, labels: np.ndarray | None, reference_count: int | None, has_score: bool
-) -> list[str]:
+def warnings_about(count: int, labels: np.ndarray | None, reference_count: int | None, has_score: bool) -> list[str]:
     """What a reader of the metrics must know.
 
     Args:
-        samples_count: images measured.
+        count: images measured.
         labels: class (N,) of each in file order, if known.
         reference_count: images of the reference that precision and recall were computed with, if they were.
         has_score: whether the inception score is among the metrics.
     """
     warnings = []
-    if samples_count < FULL_COUNT:
+    if count < FULL_COUNT:
         warnings.append(
-            f"{samples_count:,} samples: published values are of {FULL_COUNT:,}; a Frechet distance of fewer is higher"
+            f"{count:,} samples: published values are of {FULL_COUNT:,}; a Frechet distance of fewer is higher"
         )
     if labels is not None and len(labels) > 1 and labels[0] != labels[-1] and (labels[:-1] <= labels[1:]).all():
         text = "samples are sorted by class"

@@ -104,7 +104,13 @@ class FeatureStatistics:
             names = MOMENT_NAMES.get(layer, ())
             if names and set(names) <= set(source.members) and layer in self._moments:
                 mean, covariance = (np.asarray(source.array(name), dtype=np.float64) for name in names)
-                _check_moments(mean, covariance, layer, source)
+                if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
+                    raise ValueError(
+                        f"expected a mean (D,) and a covariance (D, D) of {layer} features in {source.path}, found "
+                        f"{mean.shape}, {covariance.shape}"
+                    )
+                if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+                    raise ValueError(f"expected finite statistics in {source.path}, found NaN or infinity")
                 del self._moments[layer]
                 self._stored_moments[layer] = mean, covariance
                 taken += names
@@ -209,33 +215,18 @@ class FeatureStatistics:
             raise ValueError("expected each image once, found positions that repeat")
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
+        places = np.split(place, np.cumsum([len(chunk) for chunk in self._positions])[:-1])
         for chunks in self._kept.values():
             joined = np.empty((len(order), chunks[0].shape[1]), dtype=chunks[0].dtype)
-            start = 0
-            while chunks:
-                chunk = chunks.pop(0)
-                joined[place[start : start + len(chunk)]] = chunk
-                start += len(chunk)
+            for rows in places:
+                joined[rows] = chunks.pop(0)
             chunks.append(joined)
         self._positions = [positions[order]]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything as named arrays, which `images.STATISTICS` defines."""
+        """Everything as `numpy.savez` takes it; `images.STATISTICS` defines the names."""
         arrays = {"features": self.network.name, "digest": self.network.digest, "count": self.count}
-        arrays = {name: np.array(value) for name, value in arrays.items()}
         for layer, (mean, covariance) in MOMENT_NAMES.items():
             if layer in self._moments or layer in self._stored_moments:
                 arrays[mean], arrays[covariance] = self.moments(layer)
         return arrays | {layer: self.kept(layer) for layer in (*self._kept, *self._stored_features)}
-
-
-def _check_moments(
-    mean: np.ndarray, covariance: np.ndarray, layer: str, source: NpzImages | StoredStatistics
-) -> None:  # (D,), (D, D)
-    if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
-        raise ValueError(
-            f"expected a mean (D,) and a covariance (D, D) of {layer} features in {source.path}, found {mean.shape}, "
-            f"{covariance.shape}"
-        )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError(f"expected finite statistics in {source.path}, found NaN or infinity")

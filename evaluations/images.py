@@ -91,10 +91,8 @@ class NpzImages:
             version = np.lib.format.read_magic(stream)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             return read(stream)
-        except BROKEN_ZIP as error:
-            raise ValueError(f"expected a whole npz file at {self.path}, found {error}") from error
-        except ValueError as error:
-            raise ValueError(f"expected a numpy array in {self.path}, found {error}") from error
+        except (ValueError, *BROKEN_ZIP) as error:
+            raise ValueError(f"expected a whole npz file of numpy arrays at {self.path}, found {error}") from error
 
     def array(self, name: str) -> np.ndarray:
         """A whole array that is not the images."""
@@ -158,20 +156,19 @@ class DirectoryImages:
 
     def __init__(self, path: Path):
         self.path = path
-        self.files = sorted(
-            file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
-        )
+        self.files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
         if not self.files:
             raise ValueError(f"expected images ({' '.join(IMAGE_SUFFIXES)}) in {path}, found none")
         self.count = len(self.files)
-        self.size = self._size(self.files[0])
         with ThreadPoolExecutor(DECODING_THREADS) as pool:
-            for file, size in zip(self.files, pool.map(self._size, self.files), strict=True):
-                if size != self.size:
-                    raise ValueError(
-                        f"expected images of one size, found {self.size[1]} x {self.size[0]} in {self.files[0]} and "
-                        f"{size[1]} x {size[0]} in {file}"
-                    )
+            sizes = list(pool.map(self._size, self.files))
+        self.size = sizes[0]
+        for file, size in zip(self.files, sizes, strict=True):
+            if size != self.size:
+                raise ValueError(
+                    f"expected images of one size, found {self.size[1]} x {self.size[0]} in {self.files[0]} and "
+                    f"{size[1]} x {size[0]} in {file}"
+                )
         parents = [str(file.parent) for file in self.files]
         self.labels = np.unique(parents, return_inverse=True)[1] if len(set(parents)) > 1 else None
 
@@ -231,9 +228,8 @@ class StoredStatistics:
 
     def __init__(self, path: Path, members: list[str]):
         self.path, self.members = path, members
-        record = read_record(dict.fromkeys(members), STATISTICS, path)
-        record |= {name: self.array(name).item() for name in ("features", "digest", "count")}
-        self.features, self.weights, self.count = record["features"], record["digest"], record["count"]
+        read_record(dict.fromkeys(members), STATISTICS, path)  # refuses names that are missing or unknown
+        self.features, self.weights, self.count = (self.array(name).item() for name in ("features", "digest", "count"))
 
     array, digest = NpzImages.array, NpzImages.digest
 

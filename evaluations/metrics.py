@@ -142,11 +142,9 @@ def precision_recall(
                 "give more images or choose other metrics"
             )
     reference_points, sample_points = sets.values()
-    if reference_points.exact.shape[1] != sample_points.exact.shape[1]:
-        raise ValueError(
-            f"expected features of one width, found {reference_points.exact.shape[1]} for the reference and "
-            f"{sample_points.exact.shape[1]} for the samples"
-        )
+    widths = [points.exact.shape[1] for points in sets.values()]
+    if widths[0] != widths[1]:
+        raise ValueError(f"expected features of one width, found {widths[0]} (reference) and {widths[1]} (samples)")
     reference_radii = _radii(reference_points, k)  # (R,)
     sample_radii = _radii(sample_points, k)  # (S,)
     reference_inside = np.zeros(len(reference_radii), dtype=bool)
@@ -163,10 +161,8 @@ class _Points:
     def __init__(self, features: np.ndarray, distance: str):
         self.exact = np.ascontiguousarray(features, dtype=np.float32)  # (N, D)
         if self.exact.ndim != 2 or not np.isfinite(self.exact).all():
-            raise ValueError(
-                f"expected finite features (N, D), found {self.exact.shape}"
-                + (" with NaN or infinity; fix: look for broken images" if self.exact.ndim == 2 else "")
-            )
+            found = "NaN or infinity; fix: look for broken images" if self.exact.ndim == 2 else self.exact.shape
+            raise ValueError(f"expected finite features (N, D), found {found}")
         self.rounded, self.norms = self.exact, np.square(self.exact).sum(axis=1)
         if distance == "fp16":
             with np.errstate(over="ignore"):  # what is infinite is computed again in float32

@@ -27,6 +27,8 @@ from models.tensor_file import read_tensor_file, state_digest
 from models.vae import encode_moments, load_vae, vae_digest, vae_factor
 from runtime.distributed import allow_tf32, barrier
 
+Device = str | torch.device
+
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
@@ -87,7 +89,7 @@ def load_network(
     inception_weights: str | None = None,
     dinov2_weights: str | None = None,
     vae: str | None = None,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
 ) -> FeatureNetwork:
     """The network called `name`.
 
@@ -101,7 +103,6 @@ def load_network(
     Raises:
         ValueError: unknown name, weights that are missing, cannot be had, or have another digest.
     """
-    device = torch.device(device)
     loaders = {
         "inception": lambda: load_inception(inception_weights, device),
         "random": lambda: load_random_inception(device),
@@ -113,9 +114,7 @@ def load_network(
     return loaders[name]()
 
 
-def load_inception(
-    path: str | None = None, device: str | torch.device = "cpu", sha256: str = INCEPTION_SHA256
-) -> FeatureNetwork:
+def load_inception(path: str | None = None, device: Device = "cpu", sha256: str = INCEPTION_SHA256) -> FeatureNetwork:
     """The ADM suite's Inception network.
 
     Nothing of the file is unpickled before its digest has been checked, and then only tensors are.
@@ -160,7 +159,7 @@ def _downloaded_inception() -> Path:
     return path
 
 
-def load_random_inception(device: str | torch.device = "cpu") -> FeatureNetwork:
+def load_random_inception(device: Device = "cpu") -> FeatureNetwork:
     """The Inception network with seeded random weights: the same on every machine, and to be had without any download.
 
     Its distances tell two sets of images apart, but are on no known scale; never call them FID.
@@ -179,9 +178,7 @@ def load_random_inception(device: str | torch.device = "cpu") -> FeatureNetwork:
     return inception_from_state("random", state, digest=state_digest(state), device=device)
 
 
-def inception_from_state(
-    name: str, state: dict[str, Tensor], digest: str, device: str | torch.device = "cpu"
-) -> FeatureNetwork:
+def inception_from_state(name: str, state: dict[str, Tensor], digest: str, device: Device = "cpu") -> FeatureNetwork:
     """The Inception network called `name` with the weights `state`, which has torch-fidelity's keys."""
     device = torch.device(device)
     network = build_inception(state).to(device)
@@ -295,9 +292,7 @@ def _neighbors(size: int, side: int, device: torch.device) -> tuple[Tensor, Tens
     return low.to(device), (low + 1).clamp(max=size - 1).to(device), (position - low).to(device)
 
 
-def load_dinov2(
-    path: str | None = None, device: str | torch.device = "cpu", model: str = DINOV2_MODEL
-) -> FeatureNetwork:
+def load_dinov2(path: str | None = None, device: Device = "cpu", model: str = DINOV2_MODEL) -> FeatureNetwork:
     """DINOv2's class token after the last norm, as FD-DINOv2 uses it (Stein et al., 2023): 1,024 numbers for ViT-L/14.
 
     Bicubic resize to 224 with antialiasing, rounded to whole grey levels as PIL does; ImageNet normalisation. Position
@@ -317,13 +312,11 @@ def load_dinov2(
     fix = "fix: --dinov2-weights PATH, with a .safetensors or .pth file of " + model
     try:
         native = timm.create_model(model, pretrained=path is None, num_classes=0)
-    except Exception as error:  # timm's own errors, the hub's, or those of its HTTP client
-        raise ValueError(f"expected to download {model}, found {_first_line(error)}; {fix}") from error
-    if path is not None:
-        try:
+        if path is not None:
             native.load_state_dict(checkpoint_filter_fn(read_tensor_file(Path(path)), native))
-        except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"expected weights of {model}, found {path}: {_first_line(error)}; {fix}") from error
+    except Exception as error:  # timm's own errors, the hub's, or those of its HTTP client
+        expected = f"weights of {model} in {path}" if path else f"to download {model}"
+        raise ValueError(f"expected {expected}, found {_first_line(error)}; {fix}") from error
     state = native.state_dict()
     digest = state_digest(state)
     patch = native.patch_embed.patch_size[0]
@@ -355,7 +348,7 @@ def _resample_positions(positions: Tensor, grid: int) -> Tensor:
     return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-def load_vae_features(name_or_path: str | None, device: str | torch.device = "cpu") -> FeatureNetwork:
+def load_vae_features(name_or_path: str | None, device: Device = "cpu") -> FeatureNetwork:
     """Posterior means of an AutoencoderKL, averaged to a grid of at most 8 x 8: C * 64 numbers for most.
 
     For offline use: distances in the space of the VAE at hand, comparable only under that VAE.
