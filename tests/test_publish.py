@@ -44,11 +44,15 @@ def make_checkpoint(folder, names=tuple(NAMES), **changes):
         for parameter in sit.parameters():
             parameter.normal_(std=0.15)
     info = {
-        "scale": LatentScale((0.9,), (0.1,)).to_dict(), "vae": str(vae), "vae_digest": vae_digest(load_vae(str(vae))),
-        "resolution": 16, "class_names": list(names), "path_type": "linear",
-    }  # fmt: skip
+        "scale": LatentScale((0.9,), (0.1,)).to_dict(),
+        "vae": str(vae),
+        "vae_digest": vae_digest(load_vae(str(vae))),
+        "resolution": 16,
+        "class_names": list(names),
+        "path_type": "linear",
+    }
     trained = copy.deepcopy(sit)
-    torch.nn.init.zeros_(trained.final_layer.linear.weight)  # the average is what counts
+    torch.nn.init.zeros_(trained.final_layer.linear.weight)  # the EMA is what counts
     return save_checkpoint(folder / "run", 7, trained, sit, None, info | changes)
 
 
@@ -108,17 +112,23 @@ def pixels(images):
 # The folder
 
 
-def test_the_folder_holds_the_averaged_weights_and_what_sampling_needs(checkpoint, published):
+def test_the_folder_holds_the_ema_weights_and_what_sampling_needs(checkpoint, published):
     assert {path.name for path in published.iterdir()} == {"config.json", "model.safetensors", "README.md", "vae"}
     assert (published / "model.safetensors").read_bytes() == (checkpoint / "ema.safetensors").read_bytes()
     config, (sit, info) = json.loads((published / "config.json").read_text()), load.load_sit(checkpoint)
     assert {name: config[name] for name in sit.config.to_dict()} == sit.config.to_dict()
     expected = {
-        "format": "vae-repa-model", "format_version": 1, "step": 7, "path_type": "linear", "resolution": 16,
-        "latent_scale": {"scale": [0.9], "shift": [0.1]}, "vae": "vae", "vae_digest": info["vae_digest"],
+        "format": "vae-repa-model",
+        "format_version": 1,
+        "step": 7,
+        "path_type": "linear",
+        "resolution": 16,
+        "latent_scale": {"scale": [0.9], "shift": [0.1]},
+        "vae": "vae",
+        "vae_digest": info["vae_digest"],
         "class_names": NAMES,
         "weights_sha256": hashlib.sha256((published / "model.safetensors").read_bytes()).hexdigest(),
-    }  # fmt: skip
+    }
     assert expected.items() <= config.items()
     assert vae_digest(load_vae(str(published / "vae"))) == info["vae_digest"]
 
@@ -198,7 +208,7 @@ def test_a_sit_is_never_loaded_in_part(published, tmp_path, harm):
     else:
         (file if harm == "no weights" else folder / "config.json").unlink()
     with pytest.raises(
-        ValueError, match="expected the SiT settings" if harm == "no config" else "expected the weights"
+        ValueError, match="the SiT.s settings: damaged" if harm == "no config" else "expected the weights"
     ):
         SiT.from_pretrained(folder)
     with pytest.raises(
@@ -240,14 +250,22 @@ def test_the_card_says_what_the_run_recorded(trained):
     count = sum(value.numel() for name, value in load_file(trained / "checkpoints/0000002/ema.safetensors").items())
     count -= 4 * 192  # the position table is no parameter
     expected = {
-        "model": f"SiT-Ti/4, {count / 1e6:.1f}M parameters", "path": "linear", "batch": "6",
+        "model": f"SiT-Ti/4, {count / 1e6:.1f}M parameters",
+        "path": "linear",
+        "batch": "6",
         "steps": f"2 ({last['epoch']:.1f} epochs)",
-        "learning rate": "0.00123", "seed": "5", "EMA decay": "0.9999", "labels dropped": "0.1",
-        "data": "`store`, 32 x 32 pixels, 3 classes", "latents": "z = (f - shift) x scale; scale 0.9; shift 0.1",
-        "VAE": f"in `vae/`; digest {state['vae_digest']}", "git revision": state["git_revision"],
-        "hardware": state["machine"], "started or last continued": state["date"],
+        "learning rate": "0.00123",
+        "seed": "5",
+        "EMA decay": "0.9999",
+        "labels dropped": "0.1",
+        "data": "`store`, 32 x 32 pixels, 3 classes",
+        "latents": "z = (f - shift) x scale; scale 0.9; shift 0.1",
+        "VAE": f"in `vae/`; digest {state['vae_digest']}",
+        "git revision": state["git_revision"],
+        "hardware": state["machine"],
+        "started or last resumed": state["date"],
         "weights": f"SHA-256 {state['digests']['ema.safetensors']}",
-    }  # fmt: skip
+    }
     assert expected.items() <= rows.items()
     assert rows["alignment: VAE-REPA"].startswith("depth 3; weight 0.75; schedule constant; objective smooth_l1;")
     assert f"torch {state['versions']['torch']}" in rows["versions"]
@@ -303,9 +321,15 @@ def test_what_was_not_recorded_is_not_claimed(published):
 
 def test_every_kind_of_alignment_and_a_start_from_elsewhere_are_told(tmp_path):
     config = TrainConfig(
-        data_dir="/home/someone/imagenet256", model="SiT-B/2", align="repa+vae", align_depth=(2, 8), repa_depth=(4,),
-        repa_weights="/home/someone/dinov2.safetensors", align_time_range=(0.0, 0.5), random_flip=True,
-    )  # fmt: skip
+        data_dir="/home/someone/imagenet256",
+        model="SiT-B/2",
+        align="repa+vae",
+        align_depth=(2, 8),
+        repa_depth=(4,),
+        repa_weights="/home/someone/dinov2.safetensors",
+        align_time_range=(0.0, 0.5),
+        random_flip=True,
+    )
     initial = {"source": "/home/someone/SiT-XL-2.pt", "read_as": "SiT's file: time reversed", "digest": "f00d"}
     made = make_checkpoint(tmp_path, ["cat|dog"], config=dataclasses.asdict(config), initial=initial)
     publish.main([str(made), "--include-vae"])
@@ -313,9 +337,7 @@ def test_every_kind_of_alignment_and_a_start_from_elsewhere_are_told(tmp_path):
     card = (folder / "README.md").read_text()
     rows = rows_of(card)
     assert "# SiT-B/2 + REPA + VAE-REPA, step 7\n" in card
-    assert (
-        "aligned with a frozen encoder's tokens of the image (REPA) and the clean latent of the VAE (VAE-REPA)." in card
-    )
+    assert "tokens within it were aligned by REPA and VAE-REPA." in card
     assert rows["alignment: VAE-REPA"].startswith("depth 2, 8; weight 1; ")
     assert rows["alignment: REPA"].startswith("encoder dinov2-vit-b; weights dinov2.safetensors; depth 4; weight 0.5; ")
     assert rows["every alignment"] == "beta of smooth L1 0.05; times 0 to 0.5"
@@ -378,7 +400,7 @@ def test_samples_from_elsewhere_are_taken_if_they_are_of_this_checkpoint(checkpo
     line = refused(capsys, checkpoint, "--samples", metrics, "--output-dir", tmp_path / "other")
     assert "another checkpoint" in line
     line = refused(capsys, checkpoint, "--samples", tmp_path, "--output-dir", tmp_path / "other")
-    assert "expected a folder with samples.json" in line
+    assert "expected a set of samples (a directory with samples.json" in line
     assert not (tmp_path / "other").exists()
 
 
@@ -396,7 +418,7 @@ def test_no_checkpoint_is_refused(tmp_path, capsys, published):
     assert "not a checkpoint" in refused(capsys, tmp_path)
     assert "not a checkpoint" in refused(capsys, published)
     (tmp_path / "sit.pt").write_bytes(b"x")
-    assert "expected a run's folder" in refused(capsys, tmp_path / "sit.pt")
+    assert "expected a run's directory" in refused(capsys, tmp_path / "sit.pt")
     assert "--push-to: expected NAME/REPO" in refused(capsys, tmp_path, "--push-to", "name")
     assert "missing --run" in refused_by_parser(capsys)
 
@@ -484,7 +506,7 @@ def test_another_vae_is_not_published(checkpoint, tmp_path, capsys):
 
 
 def test_without_a_hub_the_folder_is_kept(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("models.vae.hub_is_reachable", lambda: False)
+    monkeypatch.setattr(publish, "hub_is_reachable", lambda: False)
     folder = tmp_path / "out"
     line = refused(capsys, checkpoint, "--output-dir", folder, "--include-vae", "--push-to", "name/small")
     assert "the hub cannot be reached" in line
@@ -496,7 +518,7 @@ def test_without_a_hub_the_folder_is_kept(checkpoint, tmp_path, capsys, monkeypa
 
 def test_a_folder_is_pushed_as_it_is(checkpoint, tmp_path, capsys, monkeypatch):
     calls = []
-    monkeypatch.setattr("models.vae.hub_is_reachable", lambda: True)
+    monkeypatch.setattr(publish, "hub_is_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, **more: calls.append((name, more)))
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **more: calls.append(more))
     flags = ["--output-dir", tmp_path / "out", "--push-to", "name/small"]
