@@ -32,7 +32,7 @@ measured, network = partial(flag, group="what to measure"), partial(flag, group=
 class EvaluateConfig:
     samples: str = flag(REQUIRED, "what to measure", group="files", positional=True)
     ref: str | None = flag(None, "what to measure against; without it only the inception score is", group="files")
-    output: str | None = flag(None, "default: metrics.json in the samples' folder", group="files", metavar="JSON")
+    output: str | None = flag(None, "default: metrics.json in the samples' directory", group="files", metavar="JSON")
     save_stats: str | None = flag(None, "npz for the samples' statistics, to be a reference or samples", group="files")
 
     metrics: str | None = measured(
@@ -55,7 +55,7 @@ class EvaluateConfig:
 
     inception_weights: str | None = network(None, "weights-inception-2015-12-05-6726825d.pth; by default downloaded")
     dinov2_weights: str | None = network(None, "weights of DINOv2 ViT-L/14; by default from the hub")
-    vae: str | None = network(None, "folder of an AutoencoderKL, for --features vae")
+    vae: str | None = network(None, "directory of an AutoencoderKL, for --features vae")
 
     batch_size: int = flag(64, "images per pass of a process", group="speed")
     device: str | None = flag(None, "cpu, cuda or cuda:1; by default a GPU if there is one", group="speed")
