@@ -1,9 +1,11 @@
-"""Counts that no machine changes: host reads, graph breaks and recompilations, multiply-adds, operators of a step."""
+"""Counts that no machine changes: host reads, graph breaks and recompilations, MACs, operators of a step."""
 
 import copy
 
 import pytest
 import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,17 +13,16 @@ import train
 from models.aligned import AlignedSiT
 from models.projector import Projector
 from models.sit import SiT, SiTConfig
-from tests.stores import make_store
+from tests.stores import make_store, make_vae
 from tests.test_methods import _fresh_accelerate  # noqa: F401
 from tests.test_train import run
 
 # Operators through which the host learns a number that the device has computed.
 READS = ("_local_scalar_dense", "aten.item", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.unique")
 # Operators that only look at the same memory in another shape.
-VIEWS = {
-    "t", "view", "detach", "unsqueeze", "squeeze", "permute", "transpose", "_unsafe_view", "split", "unbind", "slice",
-    "expand", "select", "alias", "as_strided",
-}  # fmt: skip
+VIEWS = (
+    "t view detach unsqueeze squeeze permute transpose _unsafe_view split unbind slice expand select alias as_strided"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ class Operators(TorchDispatchMode):
 
 
 def steps_seen(data, tmp_path, monkeypatch, **changes):
-    """The operators of each step of a short run, from the draws to the average."""
+    """The operators of each step of a short run, from the draws to the EMA."""
     step, seen = train.train_step, []
 
     def watched(*arguments):
@@ -70,20 +71,20 @@ def test_a_steady_step_has_the_recorded_number_of_operators(data, tmp_path, monk
     assert sum("_foreach_lerp" in name for name in seen[1]) == 1
 
 
-def multiply_adds(module, *inputs):
+def gigamacs(module, *inputs):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         module(*inputs)
     return counter.get_total_flops() / 2 / 1e9
 
 
-def test_multiply_adds_of_xl_2_are_those_of_the_table():
+def test_macs_of_xl_2_are_those_of_the_table():
     with torch.device("meta"):
         sit = SiT(SiTConfig.from_name("SiT-XL/2"))
         head = Projector(sit.config.hidden_size, sit.config.patch_dim)
         inputs = torch.zeros(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-    alone = multiply_adds(sit, *inputs)
+    alone = gigamacs(sit, *inputs)
     assert alone == pytest.approx(118.6, abs=0.05)
-    aligned = multiply_adds(AlignedSiT(sit, {"vae": (8, head)}), *inputs)
+    aligned = gigamacs(AlignedSiT(sit, {"vae": (8, head)}), *inputs)
     assert aligned - alone == pytest.approx(4.77, abs=0.005)
     # Table 4 leaves the attention's own products out: 2 T^2 D in each block.
     attention = 28 * 2 * 256**2 * 1152 / 1e9
@@ -92,12 +93,7 @@ def test_multiply_adds_of_xl_2_are_those_of_the_table():
 
 @pytest.mark.slow
 def test_compiled_training_never_breaks_or_compiles_again(tmp_path, monkeypatch):
-    """20 steps, with the average drawn from in eval mode between them."""
-    import torch._dynamo
-    from torch._dynamo.utils import counters
-
-    from tests.stores import make_vae
-
+    """20 steps, with images drawn from the EMA, in eval mode, between them."""
     store = make_store(tmp_path / "store", vae=make_vae(tmp_path / "vae"))
     torch._dynamo.reset()
     counters.clear()
@@ -108,10 +104,8 @@ def test_compiled_training_never_breaks_or_compiles_again(tmp_path, monkeypatch)
         graphs.append(counters["stats"]["unique_graphs"])
 
     monkeypatch.setattr(train, "train_step", watched)
-    run(
-        store, tmp_path, max_train_steps=20, compile=True, sampling_steps=5, sampling_count=4, sampling_num_steps=2,
-        log_every=5,
-    )  # fmt: skip
+    grids = {"sampling_steps": 5, "sampling_count": 4, "sampling_num_steps": 2}
+    run(store, tmp_path, max_train_steps=20, compile=True, log_every=5, **grids)
     assert len(graphs) == 20
     assert graphs[0] > 0
     assert set(graphs) == {graphs[0]}
@@ -126,8 +120,6 @@ def test_compiled_blocks_compute_what_eager_ones_do(lower):
 
     Gradients too. The names in the state dict stay.
     """
-    import torch._dynamo
-
     torch._dynamo.reset()
     torch.manual_seed(0)
     sit = SiT(SiTConfig(2, 64, 4, patch_size=2, latent_size=8, in_channels=4, num_classes=3))
