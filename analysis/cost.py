@@ -5,48 +5,25 @@
     python -m analysis.cost --model SiT-B/2 SiT-L/2 SiT-XL/2 --no-measure     # counts alone, in seconds
 
 The counts are of the forward pass of one image, as a training step makes it: the SiT, its heads, and what makes the
-target. They are multiply-adds, which the paper calls FLOPs; its convention leaves the products inside attention out.
-Speed and latency are those of the trainer's own step and network, on random data.
+target. They are MACs, which the paper calls FLOPs; its convention leaves the products inside attention out. Speed and
+latency are those of the trainer's own step and network, on random data.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-import tempfile
-import time
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
 
 from runtime import cli
-from runtime.cli import flag
-
-if TYPE_CHECKING:
-    import torch
-
-    from training.config import TrainConfig
-
-PAPER = {  # Table 4, for SiT-XL/2 on H100s: external and head parameters (M), it/s at batch 256, G, ms
-    "none": (0, 0, 8.1, 114.46, 18.05),
-    "repa": (303, 8, 5.4, 194.50, 29.03),
-    "sra": (481, 2, 5.1, 197.57, 30.90),
-    "vae": (0, 18, 7.2, 118.55, 19.20),
-}
-NAMES = {"none": "SiT", "repa": "+ REPA", "sra": "+ SRA", "vae": "+ VAE-REPA"}
-PAPER_GPUS = 8  # not stated; a node of them is what such papers use
-STEPS, BATCH, IMAGES, SAMPLES = 400_000, 256, 1_281_167, 50_000  # of a run, and of its judgement
-SAMPLING = (250, 0.7)  # evaluations, and the share of them that is guided: REPA's
-GPUS = (1, 2, 4, 8, 16, 32, 64)
+from runtime.cli import check, flag
 
 
 @dataclass(frozen=True)
 class CostConfig:
+    """What to count and to measure."""
+
     model: tuple[str, ...] = flag(("SiT-XL/2",), "models of the table", group="what", metavar="MODEL")
-    align: tuple[str, ...] = flag(
-        ("none", "repa", "sra", "vae"), "methods, as train.py's --align", group="what", metavar="METHOD"
+    align: tuple[str, ...] | None = flag(
+        None, "methods, as train.py's --align; by default none, and each there is", group="what", metavar="METHOD"
     )
     repa_encoder: str = flag("dinov2-vit-l", "encoder of REPA; Table 4's has 303M parameters", group="what")
     latent_size: int = flag(32, "side of the latents", group="what")
@@ -54,133 +31,151 @@ class CostConfig:
     measure: bool = flag(True, "measure speed, memory and latency, beside the counts", group="measurement")
     batch_size: int = flag(32, "images of a step on this machine", group="measurement")
     steps: int = flag(20, "steps that are timed, after 3 that are not", group="measurement")
-    output_dir: str = flag("exps/cost", "folder of cost.json, cost.md and plan.md", group="files")
+    output_dir: str = flag("exps/cost", "directory of cost.json, cost.md and plan.md", group="files")
 
     def __post_init__(self):
         for name in ("latent_size", "num_classes", "batch_size", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}")
+            check(self, name, getattr(self, name) >= 1, "at least 1")
+
+    @property
+    def settings(self) -> dict:
+        """Settings of training that all rows of the table share."""
+        return {"repa_encoder": self.repa_encoder, "repa_weights": "random"}  # nothing is downloaded
 
 
-def resolved(config: CostConfig, model: str, align: str) -> TrainConfig:
-    """The trainer's settings of a row of the table."""
-    from training.config import TrainConfig, resolve
+if __name__ == "__main__":
+    cli.parse(CostConfig, None, __doc__)  # answers --help and refuses wrong flags before torch is imported
 
-    store = SimpleNamespace(
-        meta={"resolution": 8 * config.latent_size, "vae": "none"}, num_classes=config.num_classes, has_flips=False
-    )
-    settings = TrainConfig(
-        data_dir="", model=model, align=align, repa_encoder=config.repa_encoder, repa_weights="random"
-    )  # fmt: skip
-    return resolve(settings, store, on_gpu=False)
+import json
+import statistics
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from alignment.registry import METHODS, needs_of, parse_align
+from alignment.settings import AlignmentSettings
+from alignment.terms import AlignmentContext, Batch
+from analysis.timing import WARMUP, random_batch, random_store, seconds_of, time_steps, trainer_step, training_run, wait
+from diffusion.interpolant import Interpolant
+from models.aligned import AlignedSiT
+from models.sit import SiT, SiTConfig
+from reporting.render import environment
+from runtime import provenance
+from runtime.files import to_json, write_atomically
+from training.config import TrainConfig
+from training.setup import make_heads, resolve
+
+PAPER = {  # Table 4, for SiT-XL/2 on H100s: external and head parameters (M), it/s at batch 256, G, ms
+    "": (0, 0, 8.1, 114.46, 18.05),
+    "REPA": (303, 8, 5.4, 194.50, 29.03),
+    "SRA": (481, 2, 5.1, 197.57, 30.90),
+    "VAE-REPA": (0, 18, 7.2, 118.55, 19.20),
+}
+PLANNED = AlignmentSettings.align  # the method of the plan: train.py's default
+PAPER_GPUS = 8  # not stated; a node of them is what such papers use
+STEPS, BATCH, IMAGES, SAMPLES = 400_000, 256, 1_281_167, 50_000  # of a run, and of its evaluation
+SAMPLING = (250, 0.7)  # evaluations of the network, and the share of them that is guided: REPA's
+GPUS = (1, 2, 4, 8, 16, 32, 64)
+
+
+class ParametersRead(TorchDispatchMode):
+    """Collects the parameters that operators read."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: dict[int, nn.Parameter] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found |= {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, nn.Parameter)}
+        return function(*args, **(kwargs or {}))
 
 
 def count(config: CostConfig, model: str, align: str) -> dict[str, float]:
-    """Parameters, and multiply-adds of the forward pass of one image; nothing is computed.
+    """Parameters, and MACs of the forward pass of one image; nothing is computed.
 
     Returns:
         "parameters" of the SiT; "external_parameters" that run in training beside it, without gradient;
-        "head_parameters"; "multiply_adds" in full, and "multiply_adds_paper" without the products inside attention.
+        "head_parameters"; "macs" in full, and "macs_paper" without the products inside attention.
     """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from alignment.registry import METHODS, AlignmentContext, Batch, parse_align
-    from diffusion.interpolant import Interpolant
-    from models.aligned import AlignedSiT
-    from models.sit import SiT, SiTConfig
-
-    settings = resolved(config, model, align)
     side = config.latent_size
-
-    def parameters(*modules: torch.nn.Module) -> int:
-        return sum(parameter.numel() for module in modules for parameter in module.parameters())
-
+    store = SimpleNamespace(meta={"resolution": 8 * side, "vae": "none"}, num_classes=config.num_classes)
+    settings = resolve(TrainConfig(data_dir="", model=model, align=align, **config.settings), store, on_gpu=False)
     with torch.device("meta"):
+        # The networks.
         sit = SiT(SiTConfig.from_name(model, side, num_classes=config.num_classes))
-        ema = SiT(sit.config)
         context = AlignmentContext(
-            settings, sit, ema, Interpolant(settings.path_type), torch.device("meta"), nullcontext, IMAGES / BATCH
+            settings,
+            sit,
+            ema=SiT(sit.config),
+            interpolant=Interpolant(settings.path_type),
+            device=torch.device("meta"),
+            autocast=nullcontext,
+            steps_per_epoch=IMAGES / BATCH,
+            resolution=8 * side,
+            compile=False,
         )
-        methods = {name: METHODS[name](context) for name in parse_align(align)}
-        heads = {
-            term: (depth, method.make_head())
-            for name, method in methods.items()
-            for term, depth in method.term_names(name).items()
-        }
+        methods = {name: METHODS[name].build(context) for name in parse_align(align)}
+        heads = make_heads(settings, methods)
+
+        # The forward pass of one image.
         z, t, y = torch.zeros(1, 4, side, side), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-        images = torch.zeros(1, 8 * side, 8 * side, 3, dtype=torch.uint8)
+        batch = Batch(z, z, z, t, y, t, torch.zeros(1, 8 * side, 8 * side, 3, dtype=torch.uint8))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             AlignedSiT(sit, heads)(z, t, y)
-            for method in methods.values():
-                method.target(Batch(z, z, z, t, y, t, images))
-    external = 0
-    if "sra" in methods:
-        external += parameters(
-            ema.x_embedder, ema.t_embedder, ema.y_embedder, *ema.blocks[: settings.sra_teacher_depth]
-        )
-    if "repa" in methods:
-        external += parameters(encoder_of(config, side // sit.config.patch_size))
-    by_operator = {str(operator): flops / 2 for operator, flops in counter.get_flop_counts()["Global"].items()}
-    attention = sum(flops for name, flops in by_operator.items() if "scaled_dot_product" in name or "bmm" in name)
+            with ParametersRead() as external:
+                for method in methods.values():
+                    method.target(batch)
+    macs = {str(operator): flops / 2 for operator, flops in counter.get_flop_counts()["Global"].items()}
+    attention = sum(value for name, value in macs.items() if "scaled_dot_product" in name or "bmm" in name)
     return {
-        "parameters": parameters(sit),
-        "external_parameters": external,
-        "head_parameters": parameters(*(head for _, head in heads.values())),
-        "multiply_adds": sum(by_operator.values()),
-        "multiply_adds_paper": sum(by_operator.values()) - attention,
+        "parameters": sum(parameter.numel() for parameter in sit.parameters()),
+        "external_parameters": sum(parameter.numel() for parameter in external.found.values()),
+        "head_parameters": sum(parameter.numel() for _, head in heads.values() for parameter in head.parameters()),
+        "macs": sum(macs.values()),
+        "macs_paper": sum(macs.values()) - attention,
     }
 
 
-def encoder_of(config: CostConfig, side: int) -> torch.nn.Module:
-    """REPA's encoder without numbers in it."""
-    import torch
-
-    from models.encoders import load_encoder
-
-    with torch.device("meta"):
-        return load_encoder(config.repa_encoder, side, "random", torch.device("meta"))
-
-
-def measure(config: CostConfig, model: str, align: str, folder: Path) -> dict[str, Any]:
+def measure(config: CostConfig, model: str, align: str, directory: Path) -> dict[str, Any]:
     """Speed and memory of the trainer's step at this machine's batch, and latency of the forward pass of one image."""
-    import torch
-
-    from alignment.registry import Batch
-    from analysis.timing import random_batch, random_store, time_steps, trainer_step, training_run, wait
-
-    size = config.batch_size
-    data = random_store(folder / "store", config.latent_size, count=size, images=True, classes=config.num_classes)
-    repa = {"repa_encoder": config.repa_encoder, "repa_weights": "random"}
-    name = f"{model}-{align}".replace("/", "-")
-    with training_run(data, folder, model, align=align, exp_name=name, batch_size=size, **repa) as run:
+    size, latent, classes = config.batch_size, config.latent_size, config.num_classes
+    data = random_store(directory / "store", latent, count=size, images=True, classes=classes)
+    settings = config.settings | {"align": align, "exp_name": f"{model}-{align}".replace("/", "-"), "batch_size": size}
+    with training_run(data, directory, model, **settings) as run:
         device = run.accelerator.device
-        batch = random_batch(size, config.latent_size, device, config.num_classes)
-        if "repa" in run.methods:
-            shape = (size, 8 * config.latent_size, 8 * config.latent_size, 3)
-            batch["image"] = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        batch = random_batch(size, latent, device, classes, images="images" in needs_of(align))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        step = time_steps(device, trainer_step(run, batch), config.steps, size)
+        speed = time_steps(device, trainer_step(run, batch), config.steps, size)
 
         z, t, y = batch["moments"][:1, :4], torch.full((1,), 0.5, device=device), batch["label"][:1]
         one = Batch(z, z, torch.randn_like(z), t, y, t, batch["image"][:1] if "image" in batch else None)
 
         @torch.no_grad()
-        def forward() -> float:
-            begin = time.perf_counter()
+        def forward() -> None:
             with run.accelerator.autocast():
                 run.model(z, t, y)
             for method in run.methods.values():
                 method.target(one)
             wait(device)
-            return time.perf_counter() - begin
 
-        seconds = [forward() for _ in range(3 + config.steps)][3:]
-    return {
-        "batch": size, **step, "latency_ms": 1e3 * statistics.median(seconds),
-        "latency_spread_ms": [1e3 * min(seconds), 1e3 * max(seconds)],
-    }  # fmt: skip
+        milliseconds = [1e3 * seconds_of(forward) for _ in range(WARMUP + config.steps)][WARMUP:]
+    latency = statistics.median(milliseconds)
+    spread = [min(milliseconds), max(milliseconds)]
+    return {"batch": size, **speed, "latency_ms": latency, "latency_spread_ms": spread}
+
+
+def label(align: str) -> str:
+    """Names of the methods of a row."""
+    return " + ".join(METHODS[name].label for name in parse_align(align))
 
 
 def change(value: float, baseline: float) -> str:
@@ -189,35 +184,8 @@ def change(value: float, baseline: float) -> str:
 
 def table(rows: list[dict[str, Any]], batch: int) -> str:
     """Markdown: a row for each model and method, changes against the first method of its model."""
-    lines = [
-        "| model | external + head parameters (M) | GFLOPs, the paper's convention | GFLOPs in full | "
-        f"it/s at batch {batch} | latency (ms) | memory (GiB) | the paper's Table 4 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        first = next(other for other in rows if other["model"] == row["model"])
-        counts, speed = row["counts"], row.get("measured")
-        cells = [
-            f"{row['model']} {NAMES.get(row['align'], '+ ' + row['align']).removeprefix('SiT')}".strip(),
-            f"{counts['external_parameters'] / 1e6:.1f} + {counts['head_parameters'] / 1e6:.1f}",
-            *(
-                f"{counts[kind] / 1e9:.2f}{change(counts[kind], first['counts'][kind])}"
-                for kind in ("multiply_adds_paper", "multiply_adds")
-            ),
-        ]
-        if speed:
-            rate, base = 1 / speed["seconds_per_step"], 1 / first["measured"]["seconds_per_step"]
-            memory = "not measured" if speed["memory_gib"] is None else f"{speed['memory_gib']:.1f}"
-            latency = f"{speed['latency_ms']:.2f}{change(speed['latency_ms'], first['measured']['latency_ms'])}"
-            cells += [f"{rate:.3g}{change(rate, base)}", latency, memory]
-        else:
-            cells += ["not measured"] * 3
-        known = PAPER.get(row["align"]) if row["model"] == "SiT-XL/2" else None
-        cells.append(
-            "{} + {}; {:.2f} G; {} it/s; {:.2f} ms".format(*known[:2], known[3], known[2], known[4]) if known else ""
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    template = environment().get_template("cost.md")
+    return template.render(rows=rows, batch=batch, change=change, label=label, paper=PAPER)
 
 
 def plan(rows: list[dict[str, Any]], machine: str) -> str:
@@ -226,78 +194,63 @@ def plan(rows: list[dict[str, Any]], machine: str) -> str:
     A size that was measured on a GPU stands on its own images/s; the others do the arithmetic of their forward pass at
     the rate of the one that was measured, or else of the paper's SiT-XL/2.
     """
-    sizes = [row for row in rows if row["align"] == "vae"]
-    measured = {
-        row["model"]: row["measured"]["images_per_second"]
-        for row in sizes
-        if row.get("measured") and row["measured"]["memory_gib"] is not None
-    }
+    sizes = [row for row in rows if row["align"] == PLANNED]
+    on_gpu = [row for row in sizes if row.get("measured", {}).get("memory_gib") is not None]
+    measured = {row["model"]: row["measured"]["images_per_second"] for row in on_gpu}
+    paper_rate = PAPER[label(PLANNED)][2]  # it/s
     if measured:
-        source, basis = next(row for row in sizes if row["model"] in measured), f"measured on {machine}"
-        rate = measured[source["model"]] * source["counts"]["multiply_adds"]
+        rate = measured[on_gpu[0]["model"]] * on_gpu[0]["counts"]["macs"]
     else:
-        basis = f"the paper's {PAPER['vae'][2]} it/s at batch {BATCH}, taken to be on {PAPER_GPUS} GPUs"
-        rate = PAPER["vae"][2] * BATCH / PAPER_GPUS * count(CostConfig(), "SiT-XL/2", "vae")["multiply_adds"]
-    lines = [
-        f"Hours on 1 to 64 H100-class GPUs, from {basis}. Everything but a size's own measured rate on one GPU is "
-        f"**extrapolated**: other sizes by their arithmetic, several GPUs as if they lost nothing, and sampling "
-        f"({SAMPLING[0]} steps, guided on {SAMPLING[1]:.0%} of them) by its forward passes at the rate of training's.",
-        "",
-        "| model | images/s per GPU | what | " + " | ".join(f"{gpus}" for gpus in GPUS) + " | states per GPU | disk |",
-        "|---|---|---|" + "---|" * (len(GPUS) + 2),
-    ]
+        rate = paper_rate * BATCH / PAPER_GPUS * count(CostConfig(), "SiT-XL/2", PLANNED)["macs"]
+    lines = []
     for row in sizes:
         counts = row["counts"]
-        own = measured.get(row["model"])
-        speed = own or rate / counts["multiply_adds"]
-        total = counts["parameters"] + counts["head_parameters"]
-        states = (16 * total + 4 * counts["parameters"]) / 2**30  # weights, gradients, two moments; the average
-        checkpoint = (12 * total + 4 * counts["parameters"]) / 1e9
+        speed = measured.get(row["model"]) or rate / counts["macs"]
         passes = SAMPLING[0] * (1 + SAMPLING[1])
-        sampled = 3 * speed * counts["multiply_adds"] / (passes * counts["sit_multiply_adds"])
-        for what, seconds in ((f"{STEPS:,} steps", STEPS * BATCH / speed), (f"{SAMPLES:,} samples", SAMPLES / sampled)):
-            hours = " | ".join(f"{seconds / 3600 / gpus:.3g}" for gpus in GPUS)
-            place = [f"{states:.1f} GiB", f"store 42 GB, a checkpoint {checkpoint:.1f} GB"]
-            place = place if "steps" in what else ["", "9.8 GB"]
-            shown = (
-                f"{speed:.0f}{'' if own else ' (extrapolated)'}" if "steps" in what else f"{sampled:.2g} (extrapolated)"
-            )
-            lines.append(f"| {row['model']} | {shown} | {what} | {hours} | {' | '.join(place)} |")
-    return "\n".join(lines) + "\n"
+        sampled = 3 * speed * counts["macs"] / (passes * counts["sit_macs"])
+        total = counts["parameters"] + counts["head_parameters"]
+        lines.append(
+            {
+                "model": row["model"],
+                "measured": row["model"] in measured,
+                "speed": speed,
+                "sampled": sampled,
+                "training_hours": STEPS * BATCH / speed / 3600,
+                "sampling_hours": SAMPLES / sampled / 3600,
+                "states": (16 * total + 4 * counts["parameters"]) / 2**30,  # weights, gradients, two moments; the EMA
+                "checkpoint": (12 * total + 4 * counts["parameters"]) / 1e9,
+            }
+        )
+    basis = f"the paper's {paper_rate} it/s at batch {BATCH}, taken to be on {PAPER_GPUS} GPUs"
+    basis = f"measured on {machine}" if measured else basis
+    about = {"steps": STEPS, "samples": SAMPLES, "sampling": SAMPLING, "gpus": GPUS}
+    return environment().get_template("plan.md").render(lines=lines, basis=basis, **about)
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = cli.parse(CostConfig, argv, __doc__.splitlines()[0])
-    from alignment.registry import parse_align
-    from runtime import provenance
-
-    for align in config.align:
+    config = cli.parse(CostConfig, argv, __doc__)
+    aligns = config.align or ("none", *METHODS)
+    for align in aligns:
         parse_align(align)
-    machine = provenance.machine()
-    about = provenance.stamp()
+    machine, about = provenance.machine(), provenance.stamp()
     rows, output = [], Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as directory:
         for model in config.model:
-            alone = count(config, model, "none")["multiply_adds"]
-            for align in config.align:
-                row: dict[str, Any] = {"model": model, "align": align, "counts": count(config, model, align)}
-                row["counts"]["sit_multiply_adds"] = alone
+            alone = count(config, model, "none")["macs"]
+            for align in aligns:
+                row = {"model": model, "align": align, "counts": count(config, model, align) | {"sit_macs": alone}}
                 if config.measure:
-                    row["measured"] = measure(config, model, align, Path(name))
+                    row["measured"] = measure(config, model, align, Path(directory))
                 rows.append(row)
                 print(f"{model} {align}: {json.dumps(row['counts'] | row.get('measured', {}))}", flush=True)
-                content = about | {"rows": rows}
-                (output / "cost.json").write_text(json.dumps(content, indent=1) + "\n")
-    heading = (
-        f"Measured on {machine}, {about['date'][:10]}, torch {about['versions']['torch']}.\n\n"
-        if config.measure
-        else ""
-    )
-    (output / "cost.md").write_text(heading + table(rows, config.batch_size))
-    print(f"\n{table(rows, config.batch_size)}\n{output / 'cost.md'}")
-    if any(row["align"] == "vae" for row in rows):
-        (output / "plan.md").write_text(plan(rows, machine))
+                write_atomically(output / "cost.json", to_json(about | {"rows": rows}))
+    heading = f"Measured on {machine}, {about['date'][:10]}, torch {about['versions']['torch']}.\n\n"
+    text = table(rows, config.batch_size)
+    write_atomically(output / "cost.md", heading * config.measure + text)
+    print(f"\n{text}\n{output / 'cost.md'}")
+    if PLANNED in aligns:
+        write_atomically(output / "plan.md", plan(rows, machine))
         print(f"{output / 'plan.md'}")
 
 

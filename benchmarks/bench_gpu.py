@@ -116,7 +116,7 @@ def training(bench: Bench, model: str) -> None:
         del run, loop, step
 
     # What follows from the rates: each image needs three passes, of two operations for each MAC.
-    macs = cost.count(cost.CostConfig(latent_size=config.latent_size), model, "none")["multiply_adds"]
+    macs = cost.count(cost.CostConfig(latent_size=config.latent_size), model, "none")["macs"]
     peak = results["peak/bf16_matmul"].get("tflops")
     for name in names.values():
         ours, plain = results[f"{name}/ours"], results[f"{name}/plain"].get("images_per_second")
@@ -152,14 +152,10 @@ def ablations(run: Run, batch: dict[str, Tensor]) -> dict[str, Callable[[int], N
 
     def host_draws(index: int) -> None:
         """The same draws on the host beside those on the device, which take next to nothing."""
-        draws = train.step_noise(config, index, run.sit.config, torch.device("cpu"), run.needs)
+        draws = train.step_noise(config, index, run.sit.config, torch.device("cpu"))
         for numbers in draws.values():
             numbers.to(run.accelerator.device)
         step(index)
-
-    def reading(index: int) -> None:
-        step(index)
-        run.guard.sums.tolist()
 
     def recomputed(index: int) -> None:
         run.sit.checkpoint_every = 1
@@ -173,7 +169,7 @@ def ablations(run: Run, batch: dict[str, Tensor]) -> dict[str, Callable[[int], N
         "all": step,
         "without_foreach_average": trainer_step(dataclasses.replace(run, ema_updater=ema), batch),
         "without_draws_on_the_device": host_draws,
-        "with_a_read_in_each_step": reading,
+        "with_a_read_in_each_step": lambda index: (step(index), run.guard.sums.tolist()),
         "with_every_block_recomputed": recomputed,
         "without_fused_adamw": trainer_step(dataclasses.replace(run, optimizer=optimizer), batch),
     }
