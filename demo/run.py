@@ -201,10 +201,6 @@ def load_samples(directory: Path) -> tuple[np.ndarray, np.ndarray]:  # () -> (N,
         return samples["arr_0"], samples["arr_1"]
 
 
-def share(recognised: np.ndarray) -> float:
-    return float(recognised.mean())
-
-
 def summarise(
     recognised: np.ndarray, before: np.ndarray, labels: np.ndarray, rows: list[dict], seconds: dict[str, dict]
 ) -> dict[str, Any]:
@@ -222,9 +218,9 @@ def summarise(
     times = {name: stage["seconds"] for name, stage in seconds.items()}
     times["total"] = sum(times.values())
     return {
-        "recognised": share(recognised),
-        "recognised_by_digit": {str(digit): share(recognised[labels == digit]) for digit in range(CLASSES)},
-        "recognised_before_training": share(before),
+        "recognised": float(recognised.mean()),
+        "recognised_by_digit": {str(digit): float(recognised[labels == digit].mean()) for digit in range(CLASSES)},
+        "recognised_before_training": float(before.mean()),
         "samples": len(recognised),
         "losses": {name: {"first": first[name], "last": last[name], "steps": steps} for name in losses},
         "seconds": {name: round(value, 1) for name, value in times.items()},
@@ -255,10 +251,8 @@ def main(argv: list[str] | None = None) -> None:
     # The summary. A run that finds everything finished keeps the date and revision of the one that made it.
     summary = summarise(recognised, before, labels, read_log(directory / "run"), seconds)
     summary |= {"classifier": accuracy, "nearest_digit": median_distances(images), "commands": stages}
-    summary["metrics"] = {
-        name: read_json(directory / samples / "metrics.json")["metrics"]
-        for name, samples in (("before", "samples-before"), ("after", "samples"))
-    }
+    samples = {"before": directory / "samples-before", "after": directory / "samples"}
+    summary["metrics"] = {name: read_json(path / "metrics.json")["metrics"] for name, path in samples.items()}
     known = read_json(directory / "summary.json")
     if any(known.get(name) != value for name, value in summary.items()):
         write_atomically(directory / "summary.json", to_json(summary | provenance.stamp()))

@@ -24,9 +24,7 @@ class VaeConfig:
     epochs: int = flag(22, "passes over the digits that are not held out", group="training")
     batch_size: int = flag(64, "images per step", group="training")
     lr: float = flag(3e-3, "highest learning rate, reached after 50 steps; a cosine takes it to 0", group="training")
-    kl_weight: float = flag(
-        1e-5, "weight of the KL term (mean per latent value) beside the mean squared error per pixel", group="training"
-    )
+    kl_weight: float = flag(1e-5, "weight of the KL term (mean per latent value) beside the error", group="training")
     channels: tuple[int, ...] = flag((32, 32, 32), "widths at sides 32, 16 and 8", group="training")
     seed: int = flag(0, "seed of the initial weights and of every draw", group="training")
 
@@ -85,9 +83,8 @@ def train(vae: AutoencoderKL, pixels: torch.Tensor, config: VaeConfig) -> None: 
     progress = tqdm(total=steps, desc="VAE", unit="step")
     for _ in range(config.epochs):
         order = torch.randperm(len(pixels), generator=generator)
-        for batch in order.split(config.batch_size):
-            if len(batch) < config.batch_size:
-                continue  # the rest of an epoch; the next one has another order
+        whole = len(order) // config.batch_size * config.batch_size  # the rest is left out; the next order is another
+        for batch in order[:whole].split(config.batch_size):
             x = pixels[batch]  # (B, 3, R, R)
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
@@ -110,13 +107,11 @@ def measure(vae: AutoencoderKL, pixels: torch.Tensor, seed: int) -> dict[str, ob
         posterior = vae.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(seed))
         drawn = posterior.mean + posterior.std * noise  # (N, C, H, W)
-        psnr = []
-        for f in (posterior.mean, drawn):
-            image = vae.decode(f).sample.clamp(-1, 1)  # (N, 3, R, R)
-            psnr.append(-10 * math.log10((image - pixels).div(2).square().mean().item()))
+        images = [vae.decode(f).sample.clamp(-1, 1) for f in (posterior.mean, drawn)]  # (N, 3, R, R) each
+    psnr = [round(-10 * math.log10((image - pixels).div(2).square().mean().item()), 2) for image in images]
     return {
-        "psnr_of_means_db": round(psnr[0], 2),
-        "psnr_of_draws_db": round(psnr[1], 2),
+        "psnr_of_means_db": psnr[0],
+        "psnr_of_draws_db": psnr[1],
         "latent_std": drawn.std().item(),
         "latent_mean_by_channel": [round(v, 3) for v in drawn.mean(dim=(0, 2, 3)).tolist()],
         "latent_std_by_channel": [round(v, 3) for v in drawn.std(dim=(0, 2, 3)).tolist()],

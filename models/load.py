@@ -17,8 +17,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from models.convert import FORMATS, convert_state_dict
@@ -94,14 +92,11 @@ def verified_file(directory: Path, name: str, state: dict[str, Any]) -> Path:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
+    """Put the weights of a file of ours into `module`, whose they must be."""
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"damaged checkpoint: cannot read {path} ({error}); use an older one") from error
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the model: {' '.join(str(error).split())[:300]}") from error
+        load_exactly(module, read_tensor_file(path), "the model")
+    except ValueError as error:
+        raise ValueError(f"damaged checkpoint: {path}: {error}; use an older one") from error
 
 
 def load_sit(path: str | Path) -> tuple[SiT, dict[str, Any]]:

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.tensor_file import load_exactly, read_tensor_file
 from runtime.files import Field, fields_of, read_record
 
 # name: (depth, hidden size, heads). S to XL are those of DiT and SiT; Ti is for tests and the demo.
@@ -297,11 +296,10 @@ class SiT(nn.Module, PyTorchModelHubMixin, **HUB):
         directory, name = Path(model_id), "model.safetensors"
         file = directory / name if directory.is_dir() else hf_hub_download(model_id, name, **hub)
         try:
-            sit.load_state_dict(load_file(file))
-        except (SafetensorError, OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
+            load_exactly(sit, read_tensor_file(Path(file)), "this SiT")
+        except ValueError as error:
             raise ValueError(
-                f"expected the weights of this SiT in {file}, found other ones or none ({reason})"
+                f"expected the weights of this SiT in {file}, found other ones or none ({error})"
             ) from error
         return sit.to(map_location).eval()
 

@@ -77,19 +77,15 @@ class LatentStoreWriter:
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"expected a directory to write the store to, found the file {directory}")
         saved = recorded_settings(directory, fields or dict.fromkeys(settings, Field()))
-        differing = [
-            f"{name} {value} there, {settings[name]} now"
-            for name, value in (saved or {}).items()
-            if value != settings[name]
-        ]
+        differing = [name for name, value in (saved or {}).items() if value != settings[name]]
         if differing:
-            found = "; ".join(differing)
+            found = "; ".join(f"{name} {saved[name]} there, {settings[name]} now" for name in differing)
             raise ValueError(f"{directory} was made with other settings ({found}); give those, or another --output-dir")
         if saved is not None:
             return
         if self.directory.is_dir() and any(path.name != "partial" for path in self.directory.iterdir()):
             raise ValueError(
-                f"expected a new directory or a store begun by this command, found other files in {directory}"
+                f"expected a new directory, or a store that this command began, found other files in {directory}"
             )
         self.records.mkdir(parents=True, exist_ok=True)
         write_atomically(self.records / "settings.json", json.dumps(settings, indent=2))
@@ -221,10 +217,8 @@ class ShardWriter:
                     os.fsync(file.fileno())
                 os.replace(partial, final)
             files[kind] = {"file": final.name, "sha256": sha256(final)}
-        joined = {
-            name: [value for batch in self.batches for value in batch[name]] for name in ("labels", "paths", "skipped")
-        }
-        record = {"rows": self.rows, "files": files, **joined}
+        record = {"rows": self.rows, "files": files}
+        record |= {kind: [x for batch in self.batches for x in batch[kind]] for kind in ("labels", "paths", "skipped")}
         record["statistics"] = [batch["statistics"] for batch in self.batches]
         write_atomically(self.record_file, json.dumps(record))
         self.journal.unlink(missing_ok=True)
