@@ -23,27 +23,26 @@ import warnings
 from contextlib import nullcontext
 
 import torch
-from reporting.report import write_report
-from sampling.generator import decode_latents, sample_latents
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+from alignment.registry import needs_of
 from alignment.terms import Batch
 from loss import Alignment, training_loss
 from models.load import latest_checkpoint
 from models.sit import SiTConfig
+from reporting.report import write_report
 from runtime.seeding import block_generator, numpy_generator, step_generator
+from sampling.generator import decode_latents, sample_latents
 from training.checkpoint import snapshot
 from training.metrics import collect_metrics, log_metrics
 from training.optimizer import consolidate_state, release_process_group, skip_step_if
 from training.preemption import StopRequest, exit_code
-from training.setup import Run, setup
+from training.setup import Run, describe, setup, warn_of_scale
 
 
-def step_noise(
-    config: TrainConfig, step: int, sit: SiTConfig, device: torch.device, needs: set[str]
-) -> dict[str, Tensor]:
+def step_noise(config: TrainConfig, step: int, sit: SiTConfig, device: torch.device) -> dict[str, Tensor]:
     """The random numbers of a step, for the whole global batch B, by purpose.
 
     "posterior" and "noise" (B, C, H, W) normal; "time" (B,) uniform; "dropout" (B,) bool, the labels to drop; and where
@@ -52,7 +51,7 @@ def step_noise(
     B, latent_shape = config.batch_size, (sit.in_channels, sit.latent_size, sit.latent_size)
     normal, uniform = functools.partial(torch.randn, B, *latent_shape), functools.partial(torch.rand, B)
     kinds = {"posterior": normal, "noise": normal, "time": uniform, "dropout": uniform}
-    kinds |= {"t_offset": uniform} if "t_offset" in needs else {}
+    kinds |= {"t_offset": uniform} if "t_offset" in needs_of(config.align) else {}
     draws = {
         purpose: kind(
             generator=step_generator(config.seed, step, _STREAMS.get(purpose, purpose), device), device=device
@@ -80,7 +79,7 @@ def make_targets(run: Run, batch: Batch, alignments: dict[str, Alignment]) -> di
 def train_step(run: Run, step: int, micro_batches: list[dict[str, Tensor]]) -> None:
     """Optimizer step number `step`, from 0, unless the guard skips it. The guard keeps what was measured, unread."""
     config, accelerator = run.config, run.accelerator
-    draws = step_noise(config, step, run.sit.config, accelerator.device, run.needs)
+    draws = step_noise(config, step, run.sit.config, accelerator.device)
     alignments, losses = run.alignments(step), []
     for index, data in enumerate(micro_batches):
         # This rank's rows of the global batch.
@@ -246,6 +245,9 @@ def worker_died_error(error: RuntimeError, run: Run) -> ValueError:
 def main(argv: list[str] | None = None) -> None:
     config, given = cli.parse_given(TrainConfig, argv, __doc__)
     run = setup(config, given)
+    if run.accelerator.is_main_process:
+        warn_of_scale(run)
+        print(describe(run), flush=True)
     try:
         fit(run)
     except RuntimeError as error:  # raised wherever the host happens to be

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from dataset import LatentDataset
 from models.load import FORMAT, VERSION, checkpoints, latest_checkpoint, load_weights, read_state, verified_file
 from models.sit import SiT
 from runtime import provenance
@@ -30,25 +31,32 @@ from training.config import TrainConfig
 
 
 def make_records(
-    config: TrainConfig, store: dict[str, Any], data_digest: str, initial: dict[str, Any] | None, processes: int
+    config: TrainConfig, store: LatentDataset, initial: dict[str, Any] | None, processes: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What goes into a run's `config.json`, and into `state.json` of its checkpoints beside step and digests.
 
     Args:
         config: with every None decided.
-        store: `meta.json` of the latents.
-        data_digest: SHA-256 of that file.
+        store: the latents. The digest of its `meta.json` is the one by which it is known again.
         initial: `source`, `read_as` and `digest` of the weights that the run began with; None if they were random.
         processes: how many train now.
     """
-    settings = {"config": dataclasses.asdict(config), "data_digest": data_digest, "initial": initial}
+    settings = {
+        "config": dataclasses.asdict(config),
+        "data_digest": sha256(store.path / "meta.json"),
+        "initial": initial,
+    }
     settings |= {"processes": processes, **provenance.stamp()}
     groups: dict[str, list[str]] = {}
     for field in dataclasses.fields(config):
         groups.setdefault(field.metadata["group"], []).append(field.name)
-    from_store = {name: store[name] for name in ("vae", "vae_digest", "resolution", "class_names")}
-    scale = {name: list(store[name]) for name in ("scale", "shift")}
-    return settings | {"groups": groups}, {**settings, **from_store, "scale": scale, "path_type": config.path_type}
+    from_store = {name: store.meta[name] for name in ("vae", "vae_digest", "resolution", "class_names")}
+    return settings | {"groups": groups}, {
+        **settings,
+        **from_store,
+        "scale": store.scale.to_dict(),
+        "path_type": config.path_type,
+    }
 
 
 def snapshot(

@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from models.load import read_state
 from runtime.files import fields_of, given_differences, lock_directory, read_record
 from training.checkpoint import latest_valid_checkpoint
 from training.config import TrainConfig, settings_by
@@ -22,31 +21,32 @@ def lock_run_dir(run_dir: Path) -> Any:
     return lock_directory(run_dir, f"another process trains in {run_dir}; wait for it, or choose another --exp-name")
 
 
-def find_resume_checkpoint(config: TrainConfig) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to resume from and its state, or None for a new run.
+def find_resume_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint to resume from, or None for a new run.
 
     Raises:
         ValueError: all checkpoints are damaged, or the directory holds a run that is not to be resumed.
     """
     newest = latest_valid_checkpoint(config.run_dir)
-    if newest is None:
-        return None
-    if not config.resume:
+    if newest is not None and not config.resume:
         raise ValueError(f"--no-resume: {config.run_dir} holds a run ({newest}); choose another --exp-name")
-    return newest, read_state(newest)
+    return newest
 
 
-def resumed_config(config: TrainConfig, given: frozenset[str], saved: dict[str, Any], source: Path) -> TrainConfig:
+def resumed_config(
+    config: TrainConfig, given: frozenset[str] | None, saved: dict[str, Any], source: Path
+) -> TrainConfig:
     """The settings of a run that is resumed: those that the user gave now, and the others as they were recorded.
 
     Args:
         config: the settings now.
-        given: names of those that the user gave.
+        given: names of those that the user gave; None: all of them.
         saved: the record of the run's settings. source: where it stands, for errors.
 
     Raises:
         ValueError: a setting that decides weights or order of data was given another value.
     """
+    given = frozenset(field.name for field in dataclasses.fields(config)) if given is None else given
     record = read_record(saved, fields_of(TrainConfig), source)
     free, announced = settings_by(on_resume="free"), settings_by(on_resume="announced")
     now = dataclasses.asdict(config)

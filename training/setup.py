@@ -22,7 +22,7 @@ from dataset import LatentDataset, StepSampler
 from diffusion.interpolant import Interpolant
 from loss import Alignment
 from models.aligned import AlignedSiT
-from models.load import load_sit
+from models.load import load_sit, read_state
 from models.sit import SiT, SiTConfig
 from models.vae import UNKNOWN_VAE, LatentScale, check_vae, load_vae
 from reporting.log import RunLog
@@ -55,13 +55,16 @@ class Run:
     guard: StepGuard
     interpolant: Interpolant
     methods: dict[str, AlignmentTerms]
-    needs: set[str]  # of a batch, by the methods
     vae: torch.nn.Module | None  # decoder of the grids, on rank 0
-    start: int  # steps done before
-    writer: CheckpointWriter
     state: dict[str, Any]  # what every state.json holds
+    writer: CheckpointWriter
     log: RunLog | None  # on rank 0, as the lock
     lock: Any
+
+    @property
+    def start(self) -> int:
+        """Steps that were done before."""
+        return self.sampler.start_step
 
     @property
     def scale(self) -> LatentScale:
@@ -92,77 +95,65 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
         ValueError: settings, data, VAE, weights or the run's directory do not fit each other.
     """
     # Where the run stands: its checkpoint, its settings, its data.
-    found = find_resume_checkpoint(config)
-    if found:
-        names = frozenset(field.name for field in dataclasses.fields(config))
-        config = resumed_config(config, names if given is None else given, found[1]["config"], found[0] / "state.json")
+    checkpoint = find_resume_checkpoint(config)
+    state = read_state(checkpoint) if checkpoint else None
+    if state:
+        config = resumed_config(config, given, state["config"], checkpoint / "state.json")
     store = LatentDataset(config.data_dir, images="images" in needs_of(config.align))
     config = resolve(config, store, torch.cuda.is_available())
-    data_digest = check_data(config, store, found)
+    check_data(config, store, checkpoint, state)
 
     # The processes, and what each reads.
     accelerator = make_accelerator(config)
-    rank0 = accelerator.is_main_process
-    start = found[1]["step"] if found else 0
-    sampler, loader = make_loader(config, store, accelerator, start)
-    vae = load_grid_vae(config, store, accelerator.device) if config.sampling_steps and rank0 else None
+    sampler, loader = make_loader(config, store, accelerator, state["step"] if state else 0)
+    vae = load_grid_vae(config, store, accelerator) if config.sampling_steps else None
 
-    # The networks: SiT, EMA and heads are functions of the seed, or of --init-from.
-    source = load_sit(config.init_from) if config.init_from and not found else None
+    # The networks. SiT, EMA and heads are functions of the seed or of --init-from, until a checkpoint is loaded.
+    source = load_sit(config.init_from) if config.init_from and not state else None
     sit, ema = (network.to(accelerator.device) for network in build_sit(config, store, source))
-    interpolant = Interpolant(config.path_type)
-    context = AlignmentContext(
-        config,
-        sit,
-        ema,
-        interpolant,
-        accelerator.device,
-        accelerator.autocast,
-        len(store) / config.batch_size,
-        config.resolution,
-        config.compile,
-    )
-    methods = {name: METHODS[name].build(context) for name in parse_align(config.align)}
+    methods = build_methods(config, store, sit, ema, accelerator)
     model = AlignedSiT(sit, make_heads(config, methods)).to(accelerator.device)
     if config.compile:
         for module in [*sit.blocks, *model.heads.values()]:
             module.compile(fullgraph=True, dynamic=False)
 
-    # What changes with every step: optimizer, guard; as they were, on resume.
+    # What changes with every step.
     optimizer = make_optimizer(config, model.parameters())
     terms = ["loss", "velocity", *(f"align_{term}" for term in model.heads), "grad_norm"]
     guard = StepGuard(terms, accelerator.device, config.spike_factor, config.skip_spikes)
-    if found:
-        guard.load_state_dict(load_checkpoint(found[0], model, ema, optimizer, accelerator.scaler, verify=False))
+    if checkpoint:
+        guard.load_state_dict(load_checkpoint(checkpoint, model, ema, optimizer, accelerator.scaler, verify=False))
         fix_loaded_state(optimizer, config.learning_rate)
-        accelerator.print(f"resuming from {found[0]}")
-    run = Run(
-        config=config,
-        accelerator=accelerator,
-        store=store,
-        sampler=sampler,
-        loader=loader,
-        model=accelerator.prepare(model),
-        sit=sit,
-        ema=ema,
-        ema_updater=EMAUpdater(ema, sit, config.ema_decay),
-        # The optimizer is where the model is: accelerate need not move it.
-        optimizer=accelerator.prepare_optimizer(optimizer, device_placement=False),
-        guard=guard,
-        interpolant=interpolant,
-        methods=methods,
-        needs=needs_of(config.align),
-        vae=vae,
-        start=start,
-        writer=CheckpointWriter(config.run_dir, config.keep_last, config.keep_every),
-        state={},
-        log=None,
-        lock=None,
-    )
+        accelerator.print(f"resuming from {checkpoint}")
+    model = accelerator.prepare(model)
+    optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it is where the model is
+    ema_updater = EMAUpdater(ema, sit, config.ema_decay)
 
-    # The records.
-    start_records(run, data_digest, initial_weights(accelerator, source, found, config))
-    return run
+    # Records: lock, config.json, log, trackers.
+    first_weights = initial_weights(source, state, config, accelerator)
+    record, state = make_records(config, store, first_weights, accelerator.num_processes)
+    lock, log = start_records(config, record, sampler.start_step, accelerator)
+    writer = CheckpointWriter(config.run_dir, config.keep_last, config.keep_every)
+    return Run(
+        config,
+        accelerator,
+        store,
+        sampler,
+        loader,
+        model,
+        sit,
+        ema,
+        ema_updater,
+        optimizer,
+        guard,
+        Interpolant(config.path_type),
+        methods,
+        vae,
+        state,
+        writer,
+        log,
+        lock,
+    )
 
 
 def resolve(config: TrainConfig, store: LatentDataset, on_gpu: bool) -> TrainConfig:
@@ -202,8 +193,8 @@ def resolve(config: TrainConfig, store: LatentDataset, on_gpu: bool) -> TrainCon
     return config
 
 
-def check_data(config: TrainConfig, store: LatentDataset, found: tuple[Path, dict] | None) -> str:
-    """The digest by which a store is known again.
+def check_data(config: TrainConfig, store: LatentDataset, checkpoint: Path | None, state: dict | None) -> None:
+    """Refuse data that the run cannot be trained on.
 
     Raises:
         ValueError: the store is damaged (looked for with --verify-data), or not the one that the run was trained on.
@@ -211,12 +202,10 @@ def check_data(config: TrainConfig, store: LatentDataset, found: tuple[Path, dic
     damaged = store.verify_digests() if config.verify_data else []
     if damaged:
         raise ValueError(f"damaged store {config.data_dir}: {', '.join(damaged)} changed since; dump the images again")
-    digest = sha256(Path(config.data_dir) / "meta.json")
-    if found and found[1]["data_digest"] != digest:
+    if state and state["data_digest"] != sha256(store.path / "meta.json"):
         raise ValueError(
-            f"{config.data_dir} is not the store that {found[0]} was trained on; give that one, or another --exp-name"
+            f"{config.data_dir} is not the store that {checkpoint} was trained on; give that one, or another --exp-name"
         )
-    return digest
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -266,13 +255,33 @@ def _keep_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
 
 
-def load_grid_vae(config: TrainConfig, store: LatentDataset, device: torch.device) -> torch.nn.Module:
-    """The decoder of the grids, refused if it is not the VAE that made the store."""
-    vae = load_vae(config.vae, device)
+def load_grid_vae(config: TrainConfig, store: LatentDataset, accelerator: Accelerator) -> torch.nn.Module | None:
+    """The decoder of the grids, on rank 0 alone; refused if it is not the VAE that made the store."""
+    if not accelerator.is_main_process:
+        return None
+    vae = load_vae(config.vae, accelerator.device)
     if store.meta["vae_digest"] == UNKNOWN_VAE:
         print(f"{config.data_dir} does not say which VAE made it: taking {config.vae}", flush=True)
     check_vae(vae, config.vae, store.meta["vae_digest"], f"the store {config.data_dir} ({store.meta['vae']})")
     return vae
+
+
+def build_methods(
+    config: TrainConfig, store: LatentDataset, sit: SiT, ema: SiT, accelerator: Accelerator
+) -> dict[str, AlignmentTerms]:
+    """The terms of the loss that `--align` names, by method."""
+    context = AlignmentContext(
+        settings=config,
+        sit=sit,
+        ema=ema,
+        interpolant=Interpolant(config.path_type),
+        device=accelerator.device,
+        autocast=accelerator.autocast,
+        steps_per_epoch=len(store) / config.batch_size,
+        resolution=config.resolution,
+        compile=config.compile,
+    )
+    return {name: METHODS[name].build(context) for name in parse_align(config.align)}
 
 
 def build_sit(config: TrainConfig, store: LatentDataset, source: tuple[SiT, dict] | None) -> tuple[SiT, SiT]:
@@ -329,11 +338,11 @@ def make_heads(config: TrainConfig, methods: dict[str, AlignmentTerms]) -> dict[
 
 
 def initial_weights(
-    accelerator: Accelerator, source: tuple[SiT, dict] | None, found: tuple[Path, dict] | None, config: TrainConfig
+    source: tuple[SiT, dict] | None, state: dict[str, Any] | None, config: TrainConfig, accelerator: Accelerator
 ) -> dict[str, Any] | None:
-    """Where the run's first weights came from, for the records; None if they are random."""
+    """Where the run's first weights came from, for the records; None if they were random."""
     if source is None:
-        return found[1].get("initial") if found else None
+        return state["initial"] if state else None
     initial = {name: source[1][name] for name in ("source", "read_as", "digest")}
     classes = source[0].config.num_classes
     table = "" if classes == config.num_classes else f"; a new table of classes, {config.num_classes} for {classes}"
@@ -341,21 +350,21 @@ def initial_weights(
     return initial
 
 
-def start_records(run: Run, data_digest: str, initial: dict[str, Any] | None) -> None:
-    """Lock the directory, write `config.json`, open log and trackers, and print what is about to be trained."""
-    config, accelerator = run.config, run.accelerator
-    record, run.state = make_records(config, run.store.meta, data_digest, initial, accelerator.num_processes)
+def start_records(
+    config: TrainConfig, record: dict[str, Any], start: int, accelerator: Accelerator
+) -> tuple[Any, RunLog | None]:
+    """Lock the directory, write `config.json`, open log and trackers; gives lock and log on rank 0."""
+    lock = log = None
     if accelerator.is_main_process:
-        run.lock = lock_run_dir(config.run_dir)
+        lock = lock_run_dir(config.run_dir)
         write_atomically(config.run_dir / "config.json", to_json(record))
-        run.log = RunLog(config.run_dir, run.start)
-        warn_of_scale(run)
-        print(describe(run), flush=True)
+        log = RunLog(config.run_dir, start)
     accelerator.init_trackers(
         config.tracker_project,
         {name: str(value) for name, value in record["config"].items()},
         {"wandb": {"name": config.run_dir.name, "dir": str(config.run_dir)}},
     )
+    return lock, log
 
 
 def warn_of_scale(run: Run) -> None:
