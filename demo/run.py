@@ -82,7 +82,8 @@ def commands(config: DemoConfig, cores: int, gpus: int) -> dict[str, str]:
         f" --num-samples {config.num_samples} --labels balanced --sampler ode-euler --num-steps 20"
         f" --guidance-scale 2 --per-proc-batch-size 128 --mixed-precision no"
     )
-    evaluate = f"python -m evaluations.evaluate --ref {out}/latents --features vae --vae demo/vae --distance fp32"
+    evaluate = "python -m evaluations.evaluate"
+    metrics = f"--ref {out}/latents --features vae --vae demo/vae --distance fp32"
     steps = config.max_train_steps
     return {
         "digits": f"python -m demo.make_digits --output-dir {out}/digits",
@@ -93,8 +94,8 @@ def commands(config: DemoConfig, cores: int, gpus: int) -> dict[str, str]:
         f" --checkpoint {out}/run/checkpoints/0000001",
         "training": f"{train} --max-train-steps {steps}",
         "samples": f"{sample} --output-dir {out}/samples --checkpoint {out}/run/checkpoints/{steps:07d}",
-        "metrics before training": f"{evaluate} {out}/samples-before/samples.npz",
-        "metrics": f"{evaluate} {out}/samples/samples.npz",
+        "metrics before training": f"{evaluate} {out}/samples-before/samples.npz {metrics}",
+        "metrics": f"{evaluate} {out}/samples/samples.npz {metrics}",
         "report": f"python -m analysis.report {out}/run --samples {out}/samples-before {out}/samples"
         f" --output {out}/report.html",
     }
