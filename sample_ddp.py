@@ -17,7 +17,7 @@ from runtime import cli
 from sampling.config import BLOCK, NEIGHBOURS, SampleConfig
 
 if __name__ == "__main__":
-    cli.parse(SampleConfig, None, __doc__)  # answers --help and refuses wrong flags before torch is imported
+    cli.parse_early(SampleConfig, __doc__)  # answers --help and refuses wrong flags before torch is imported
 
 import datetime
 import os

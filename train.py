@@ -13,7 +13,7 @@ from runtime import cli
 from training.config import TrainConfig
 
 if __name__ == "__main__":
-    cli.parse(TrainConfig, None, __doc__)  # answers --help and refuses wrong flags before torch is imported
+    cli.parse_early(TrainConfig, __doc__)  # answers --help and refuses wrong flags before torch is imported
 
 import functools
 import itertools

@@ -36,11 +36,9 @@ class CompareConfig:
     output_dir: str = flag("exps/compare", "directory of the results", group="what to compare")
 
     images: bool = flag(True, "draw compare.png", group="images")
-    steps: tuple[int, ...] | None = flag(
-        None, "checkpoints to draw from; by default at most 4 that all runs have", group="images", metavar="STEP"
-    )
+    steps: tuple[int, ...] | None = flag(None, "to draw; up to 4 that all have", group="images", metavar="STEP")
     classes: tuple[int, ...] | None = flag(
-        None, "classes to draw, by number; by default 8 at even distances", group="images", metavar="CLASS"
+        None, "numbers of classes; up to 8 unless set", group="images", metavar="CLASS"
     )
     seed: int = flag(0, "seed of the noise", group="images")
     sampler: str = flag("ode-euler", "ODE by Euler or Heun, SDE by Euler-Maruyama", choices=SAMPLERS, group="images")
@@ -61,9 +59,7 @@ class CompareConfig:
 
 
 if __name__ == "__main__":
-    cli.run(
-        lambda: cli.parse(CompareConfig, None, __doc__)
-    )  # answers --help and refuses flags before torch is imported
+    cli.parse_early(CompareConfig, __doc__)  # answers --help and refuses wrong flags before torch is imported
 
 from matplotlib.figure import Figure
 

@@ -44,7 +44,7 @@ class CostConfig:
 
 
 if __name__ == "__main__":
-    cli.parse(CostConfig, None, __doc__)  # answers --help and refuses wrong flags before torch is imported
+    cli.parse_early(CostConfig, __doc__)  # answers --help and refuses wrong flags before torch is imported
 
 import json
 import statistics

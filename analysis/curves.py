@@ -80,13 +80,14 @@ def choose_metric_curves(runs: list[Run], wanted: str | None) -> MetricCurves | 
 def smoothed(rows: list[dict[str, float]], column: str, window: float) -> Curve:
     """(step, mean of the column over the rows of the last `window` steps), of finite values."""
     known = [(row["step"], row[column]) for row in rows if finite(row.get(column)) is not None]
-    if not known:
-        return []
-    steps, values = (np.array(column) for column in zip(*known, strict=True))
-    ends = np.arange(1, len(steps) + 1)
-    first = np.minimum(np.searchsorted(steps, steps - window, side="right"), ends - 1)  # the row itself at least
-    totals = np.concatenate([[0.0], np.cumsum(values)])
-    return list(zip(steps.tolist(), ((totals[ends] - totals[first]) / (ends - first)).tolist(), strict=True))
+    curve, first, total = [], 0, 0.0
+    for index, (step, value) in enumerate(known):
+        total += value
+        while first < index and known[first][0] <= step - window:
+            total -= known[first][1]
+            first += 1
+        curve.append((step, total / (index - first + 1)))
+    return curve
 
 
 def first_crossing(curve: Curve, target: float, sign: int) -> Crossing:
@@ -175,18 +176,12 @@ def compare_curves(runs: list[Run], wanted: str | None) -> dict[str, Any]:
         line["steps"] = speed_up(curve, curves[baseline], sign)
         line["hours"] = speed_up(over_hours.get(run.name, []), over_hours[baseline], sign)
         reached.append(line)
-    return {
-        "quantity": quantity,
-        "better": "lower" if sign < 0 else "higher",
-        "measured": measured.recipe if by_metric else None,
-        "baseline": {"run": baseline, "best": target, "step": place},
-        "reach": reached,
-        "hours_are": unit,
-        "notes": notes,
-        "metric": {"name": measured.metric, "curves": measured.curves} if measured else None,
-        "velocity": {"window": window, "curves": {name: evenly(curve, MAX_POINTS) for name, curve in losses.items()}},
-        "hours": {name: evenly(axis, MAX_POINTS) for name, axis in axes.items()},
-    }
+    metric = {"name": measured.metric, "curves": measured.curves} if measured else None
+    thinned = [{name: evenly(curve, MAX_POINTS) for name, curve in curves.items()} for curves in (losses, axes)]
+    compared = {"quantity": quantity, "better": "lower" if sign < 0 else "higher"}
+    compared |= {"measured": measured.recipe if by_metric else None, "metric": metric}
+    compared |= {"baseline": {"run": baseline, "best": target, "step": place}, "reach": reached, "notes": notes}
+    return compared | {"velocity": {"window": window, "curves": thinned[0]}, "hours": thinned[1], "hours_are": unit}
 
 
 def speed_up_table(compared: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ class DoctorConfig:
 
 
 if __name__ == "__main__":
-    cli.parse(DoctorConfig, None, __doc__)  # answers --help and refuses wrong flags before torch is imported
+    cli.parse_early(DoctorConfig, __doc__)  # answers --help and refuses wrong flags before torch is imported
 
 import numpy as np
 import torch

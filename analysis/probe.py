@@ -68,7 +68,7 @@ class ProbeConfig:
 
 
 if __name__ == "__main__":
-    cli.parse(ProbeConfig, None, __doc__)  # answers --help and refuses wrong flags before torch is imported
+    cli.parse_early(ProbeConfig, __doc__)  # answers --help and refuses wrong flags before torch is imported
 
 import functools
 import json

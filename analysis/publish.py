@@ -46,7 +46,7 @@ class PublishConfig:
 
 
 if __name__ == "__main__":
-    cli.parse(PublishConfig, None, __doc__)  # answers --help and refuses wrong flags before torch is imported
+    cli.parse_early(PublishConfig, __doc__)  # answers --help and refuses wrong flags before torch is imported
 
 import dataclasses
 import functools
@@ -57,7 +57,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi
 
 from alignment.registry import METHODS
 from alignment.settings import AlignmentSettings
@@ -67,6 +67,7 @@ from models.vae import UNKNOWN_VAE, check_vae, hub_is_reachable, load_vae
 from reporting.log import read_log
 from reporting.render import environment
 from reporting.runs import Samples, read_json, read_samples
+from reporting.values import count
 from runtime import provenance
 from runtime.files import fields_of, read_record, sha256
 from sampling.pipeline import FIELDS, FORMAT, VERSION
@@ -74,7 +75,6 @@ from sampling.record import SETTINGS
 from training.config import TrainConfig
 
 OURS = {"config.json", "model.safetensors", "README.md", "samples.png", "vae"}  # all that may be published
-TAGS = "vae-repa sit diffusion image-generation class-conditional-image-generation pytorch_model_hub_mixin".split()
 
 
 @dataclass
@@ -85,8 +85,9 @@ class Records:
     info: dict[str, Any]  # state.json of the checkpoint, and what `load_sit` adds
     config: dict[str, Any]  # settings of the run; empty if they were not recorded
     log: dict[str, float] | None  # the row at the checkpoint's step, or the last one before
-    picture: tuple[dict[str, Any], Path] | None  # how it was drawn, and the file
-    measured: list[Samples]  # of these weights
+    picture: dict[str, Any] | None  # how it was drawn
+    picture_file: Path | None
+    measured: list[dict[str, Any]]  # sets of samples of these weights
 
 
 def read_records(config: PublishConfig) -> Records:
@@ -114,9 +115,11 @@ def read_records(config: PublishConfig) -> Records:
             drawn = {"step": int(grid.stem), "sampler": "ode-euler", "num_steps": trained["sampling_num_steps"]}
             drawn |= {"guidance_scale": trained["sampling_guidance"], "guidance_interval": None}
             pictures.append((drawn, grid))
-    newest = max(pictures, key=lambda one: (one[0]["step"] == info["step"], one[1].stat().st_mtime), default=None)
-    measured = [found for found in samples if found.metrics and found.settings["step"] == info["step"]]
-    return Records(sit, info, trained, rows[-1] if rows else None, newest, measured)
+    newest = max(
+        pictures, key=lambda one: (one[0]["step"] == info["step"], one[1].stat().st_mtime), default=(None, None)
+    )
+    measured = [_measured(found) for found in samples if found.metrics and found.settings["step"] == info["step"]]
+    return Records(sit, info, trained, rows[-1] if rows else None, *newest, measured)
 
 
 def find_samples(run_dir: Path | None, info: dict[str, Any], given: list[Path]) -> list[Samples]:
@@ -160,17 +163,13 @@ def short(name: str) -> str:
 
 def as_text(value: Any) -> str:
     """A value as the card shows it."""
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, (list, tuple)):
         return ", ".join(map(as_text, value))
     if isinstance(value, float):
         return f"{value:.6g}"
-    return f"{value:,}" if isinstance(value, int) else short(value)
-
-
-def count(number: int, one: str, several: str = "") -> str:
-    return f"{number:,} {one if number == 1 else several or one + 's'}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return {None: "none", True: "yes", False: "no"}.get(value) or short(value)
 
 
 def write_card(records: Records, name: str, include_vae: bool) -> str:
@@ -181,60 +180,27 @@ def write_card(records: Records, name: str, include_vae: bool) -> str:
         name: what to load the model by.
         include_vae: whether the directory holds the VAE.
     """
-    info, config = records.info, records.config
-    picture = records.picture[0] if records.picture else None
-    # Of the hub's tasks, this one is for models that take no text and no image.
-    metadata = ModelCardData(
-        license="apache-2.0",
-        library_name="vae-repa",
-        pipeline_tag="unconditional-image-generation",
-        tags=[tag for tag in TAGS if len(info["class_names"]) > 1 or "conditional" not in tag] + ["model_hub_mixin"],
-    )
-    jinja = environment()
-    jinja.filters |= {
-        "value": as_text,
-        "short": short,
-        "count": count,
-        "quoted": functools.partial(json.dumps, ensure_ascii=False),
-    }
-    revision = provenance.git_revision()  # of this code: the run's may be older than the pipeline
+    info, config, jinja = records.info, records.config, environment()
+    quoted = functools.partial(json.dumps, ensure_ascii=False)
+    jinja.filters |= {"value": as_text, "short": short, "count": count, "quoted": quoted}
     return jinja.get_template("model_card.md").render(
-        info=info,
-        config=config,
-        log=records.log,
-        picture=picture,
-        measured=[_measured(samples) for samples in records.measured],
-        metadata=metadata.to_yaml(),
-        model=config.get("model", "SiT"),
-        parameters=f"{sum(parameter.numel() for parameter in records.sit.parameters()) / 1e6:.1f}M parameters",
-        methods=[_method(name, config) for name in config.get("align", "none").split("+") if name != "none"],
+        **vars(records),
         name=name,
         include_vae=include_vae,
         vae_argument=info["vae"] if not include_vae and is_local(info["vae"]) else None,
         vae_digest="not recorded" if info["vae_digest"] == UNKNOWN_VAE else info["vae_digest"],
-        arguments=_arguments(picture or {"guidance_scale": 4.0, "sampler": "sde", "num_steps": 250}),
-        revision=None if revision == "unknown" else revision,
+        parameters=f"{sum(parameter.numel() for parameter in records.sit.parameters()) / 1e6:.1f}M parameters",
+        methods=[_method(method, config) for method in config.get("align", "none").split("+") if method != "none"],
+        revision=provenance.git_revision(),  # of this code: the run's may be older than the pipeline
     )
 
 
 def _method(name: str, config: dict[str, Any]) -> dict[str, Any]:
     """Label and settings, as pairs of texts, of an alignment method; of one that this code does not know, its name."""
-    own = [
-        field.name for field in dataclasses.fields(AlignmentSettings) if field.metadata["group"] == f"alignment: {name}"
-    ]
+    fields, group = dataclasses.fields(AlignmentSettings), f"alignment: {name}"
+    own = [field.name for field in fields if field.metadata["group"] == group]
     settings = [(setting.partition("_")[2].replace("_", " "), as_text(config[setting])) for setting in own]
     return {"label": METHODS[name].label if name in METHODS else name, "settings": settings}
-
-
-def _arguments(drawn: dict[str, Any]) -> str:
-    """Arguments of the pipeline that sample as a picture was drawn."""
-    arguments = {"guidance_scale": f"{drawn['guidance_scale']:g}"}
-    if drawn.get("guidance_interval"):
-        arguments["guidance_interval"] = str(drawn["guidance_interval"])
-    if drawn.get("last_step_size") not in (None, 0.04):
-        arguments["last_step_size"] = f"{drawn['last_step_size']:g}"
-    arguments |= {"num_inference_steps": str(drawn["num_steps"]), "sampler": f'"{drawn["sampler"]}"'}
-    return ", ".join(f"{name}={value}" for name, value in arguments.items())
 
 
 def _measured(samples: Samples) -> dict[str, Any]:
@@ -317,8 +283,8 @@ def publish(config: PublishConfig) -> Path:
         (partial / "config.json").write_text(json.dumps(content, indent=2) + "\n")
         (partial / "README.md").write_text(kept or card)
         shutil.copyfile(Path(info["source"]) / "ema.safetensors", partial / "model.safetensors")
-        if records.picture:
-            shutil.copyfile(records.picture[1], partial / "samples.png")
+        if records.picture_file:
+            shutil.copyfile(records.picture_file, partial / "samples.png")
         if config.include_vae:
             save_vae(config.vae or info["vae"], info["vae_digest"], partial / "vae")
         # Then in its place.

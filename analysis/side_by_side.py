@@ -84,16 +84,13 @@ def draw_images(
     y, count = torch.tensor(labels, device=device), len(labels)  # (N,)
     shape = (sit.config.in_channels, sit.config.latent_size, sit.config.latent_size)
     blocks = block_noise(config.seed, 0, -(-count // BLOCK) * BLOCK, shape, device)
-    z = sample_latents(
-        sit,
-        y,
-        lambda step=-1: blocks(step)[:count],
-        config.sampler,
-        config.num_steps,
-        Interpolant(info["path_type"]),
-        config.guidance_scale,
-        autocast=torch.bfloat16 if choose_precision(config, device) == "bf16" else None,
-    )
+
+    def noise(step: int = -1) -> Tensor:  # -> (N, C, H, W)
+        return blocks(step)[:count]
+
+    solver = config.sampler, config.num_steps, Interpolant(info["path_type"])
+    autocast = torch.bfloat16 if choose_precision(config, device) == "bf16" else None
+    z = sample_latents(sit, y, noise, *solver, config.guidance_scale, autocast=autocast)
     images, finite = decode_latents(vae, z, info["scale"])
     if not finite.all():
         hint = "fix: --mixed-precision no, or a lower --guidance-scale"

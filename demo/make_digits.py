@@ -19,7 +19,7 @@ class DigitsConfig:
 
 
 if __name__ == "__main__":
-    cli.parse(DigitsConfig, None, __doc__)  # answers --help before scikit-learn is imported
+    cli.parse_early(DigitsConfig, __doc__)  # answers --help before scikit-learn is imported
 
 import io
 from pathlib import Path

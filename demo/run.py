@@ -35,7 +35,7 @@ class DemoConfig:
 
 if __name__ == "__main__":
     # Answers --help and refuses wrong flags before torch is imported.
-    cli.run(lambda: cli.parse(DemoConfig, None, __doc__))
+    cli.parse_early(DemoConfig, __doc__)
 
 import contextlib
 import io

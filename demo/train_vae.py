@@ -30,7 +30,7 @@ class VaeConfig:
 
 
 if __name__ == "__main__":
-    cli.parse(VaeConfig, None, __doc__)  # answers --help and refuses wrong flags before torch is imported
+    cli.parse_early(VaeConfig, __doc__)  # answers --help and refuses wrong flags before torch is imported
 
 import math
 import time

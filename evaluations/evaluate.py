@@ -62,7 +62,7 @@ class EvaluateConfig:
 
 
 if __name__ == "__main__":
-    cli.parse(EvaluateConfig, None, __doc__)  # answers --help and refuses wrong flags before torch is imported
+    cli.parse_early(EvaluateConfig, __doc__)  # answers --help and refuses wrong flags before torch is imported
 
 import numpy as np
 import torch

@@ -52,7 +52,7 @@ class DumpConfig:
 
 if __name__ == "__main__":
     # Answers --help and refuses wrong flags before torch is imported.
-    cli.run(lambda: cli.parse(DumpConfig, None, __doc__))
+    cli.parse_early(DumpConfig, __doc__)
 
 import dataclasses
 import datetime

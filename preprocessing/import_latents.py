@@ -52,7 +52,7 @@ class ImportConfig:
 
 if __name__ == "__main__":
     # Answers --help and refuses wrong flags before torch is imported.
-    cli.run(lambda: cli.parse(ImportConfig, None, __doc__))
+    cli.parse_early(ImportConfig, __doc__)
 
 import dataclasses
 import hashlib

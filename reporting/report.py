@@ -23,7 +23,6 @@ from runtime import provenance
 MAX_RUNS = 32
 MAX_POINTS = 2000  # of a curve
 MAX_NUMBERS = 80_000  # of all curves: 1.6 MB
-MAX_TABLE_ROWS = 300  # of metrics
 MAX_GRIDS = 48  # of all runs; of one half of it, as training waits for them to be read
 IMAGE_CHARACTERS = 2_600_000  # of all grids as text; the sets of samples may have a quarter of it beside them
 LOSSES = {"loss": "total loss", "velocity": "velocity loss"}
@@ -72,7 +71,6 @@ def page_of(runs: list[Run], others: list[Samples]) -> str:
     functions["row_names"] = lambda columns: dict.fromkeys(name for facts in columns.values() for name in facts)
     return render(
         "report.html",
-        title=", ".join(run.name for run in runs[:4]) + (f" and {len(runs) - 4} others" if len(runs) > 4 else ""),
         written=provenance.now(),
         style=(TEMPLATES / "report.css").read_text(),
         script=script,
@@ -89,7 +87,6 @@ def page_of(runs: list[Run], others: list[Samples]) -> str:
         provenance={run.name: provenance_facts(run) for run in runs},
         several_runs=len({one.run for one in sets}) > 1,
         several_data_sets=len({run.record.get("data_digest") for run in runs} - {None}) > 1,
-        max_table_rows=MAX_TABLE_ROWS,
         **functions,
     )
 
@@ -103,8 +100,7 @@ def status(run: Run, losses: list[str]) -> dict[str, Any]:
         facts["steps"] = f"{format_number(last['step'])} of {format_number(max_steps)}"
         facts |= {column_title(name): last.get(name) for name in losses}
         facts |= {"epochs": last.get("epoch"), "gradient norm": last.get("grad_norm")}
-        facts["images a second"] = last.get("images_per_second")
-        facts["memory, GiB"] = last.get("memory_gib")
+        facts |= {"images a second": last.get("images_per_second"), "memory, GiB": last.get("memory_gib")}
         if batch_size:
             facts["time in training steps"] = duration(3600 * hours(run.rows, batch_size)[-1])
         left = finite(last.get("eta_seconds"))
@@ -112,9 +108,8 @@ def status(run: Run, losses: list[str]) -> dict[str, Any]:
             facts["time left"] = duration(left)
         for name, text in (("skipped_steps", "steps not applied"), ("spikes", "spikes of the gradient")):
             facts[text] = sum(finite(row.get(name)) or 0 for row in run.rows)
-    facts["checkpoints"] = ", ".join(f"{step:,}" for step in evenly(run.checkpoints, 6)) or "none yet"
-    if len(run.checkpoints) > 6:
-        facts["checkpoints"] += f" (6 of {len(run.checkpoints)})"
+    some = f" (6 of {len(run.checkpoints)})" if len(run.checkpoints) > 6 else ""
+    facts["checkpoints"] = (", ".join(f"{step:,}" for step in evenly(run.checkpoints, 6)) or "none yet") + some
     facts["samples"] = f"{count(len(run.grids), 'grid')}, {count(len(run.samples), 'set')}"
     return facts
 
@@ -144,20 +139,15 @@ def grids_section(runs: list[Run]) -> dict[str, Any] | None:
     if not any(run.grids for run in runs):
         return None
     steps = choose_steps(runs, max(2, MAX_GRIDS // max(2, len(runs))))
-    wanted = [(run, step) for run in runs for step in steps if step in run.grids]
-    encoded = encode_pictures([run.grids[step] for run, step in wanted], IMAGE_CHARACTERS)
-
-    pictures: dict[str, dict[int, Any]] = {run.name: {} for run in runs}
-    for (run, step), picture in zip(wanted, encoded, strict=True):
-        if picture:
-            pictures[run.name][step] = picture
+    wanted = {(run.name, step): run.grids[step] for run in runs for step in steps if step in run.grids}
+    encoded = dict(zip(wanted, encode_pictures(list(wanted.values()), IMAGE_CHARACTERS), strict=True))
+    pictures = {
+        run.name: {step: encoded[run.name, step] for step in steps if encoded.get((run.name, step))} for run in runs
+    }
     total = len({step for run in runs for step in run.grids})
-    notes = [f"{len(steps)} of {total:,} steps are shown, evenly chosen."] if len(steps) < total else []
-    broken = [run.grids[step] for (run, step), picture in zip(wanted, encoded, strict=True) if picture is None]
-    if broken:
-        notes.append(f"{len(broken)} pictures cannot be read, the first of them {broken[0]}.")
+    broken = [path for key, path in wanted.items() if encoded[key] is None]
     start = max(steps, key=lambda step: (sum(step in run.grids for run in runs), step))
-    return {"steps": steps, "start": start, "pictures": pictures, "notes": notes}
+    return {"steps": steps, "start": start, "pictures": pictures, "total": total, "broken": broken}
 
 
 def choose_steps(runs: list[Run], limit: int) -> list[int]:
@@ -180,18 +170,13 @@ def curves_section(runs: list[Run]) -> tuple[list[dict[str, Any]], dict[str, Any
 
     # Logs, thinned so that all of them together stay within the limit.
     limit = min(MAX_POINTS, MAX_NUMBERS // max(1, sum(len(own & {*shown, "step"}) for own in found)))
-    columns, notes = [], []
+    columns, shortened = [], []
     for run, own in zip(runs, found, strict=True):
         rows = thinned(run.rows, limit)
         if len(rows) < len(run.rows):
-            notes.append(
-                f"{run.name}: {len(rows):,} of {len(run.rows):,} rows are drawn, evenly chosen; the last one, and rows "
-                f"with steps that were not applied, stay."
-            )
+            shortened.append((run.name, len(rows), len(run.rows)))
         names = [name for name in ("step", *shown) if name in own]
         columns.append({"name": run.name, "columns": {name: [finite(row.get(name)) for row in rows] for name in names}})
-    if not events:
-        notes.append("Every step was applied, and no spike was seen.")
 
     charts = []
     for name in shown:
@@ -203,7 +188,7 @@ def curves_section(runs: list[Run]) -> tuple[list[dict[str, Any]], dict[str, Any
             if name in found[index]
         ]
         charts.append({"title": column_title(name), "x": "step", "series": series})
-    return columns, {"charts": charts, "notes": notes}
+    return columns, {"charts": charts, "shortened": shortened, "events": events}
 
 
 def thinned(rows: list[dict[str, float]], limit: int) -> list[dict[str, float]]:

@@ -182,10 +182,8 @@ def read_run(directory: str | Path, name: str) -> Run:
     """
     directory = Path(directory)
     if not any((directory / part).exists() for part in ("config.json", "log.jsonl", "checkpoints")):
-        raise ValueError(
-            f"expected the directory of a run (with config.json, log.jsonl or checkpoints/), found "
-            f"{'none of these in' if directory.is_dir() else 'nothing at'} {directory}; give exps/<name>"
-        )
+        found = f"{'none of these in' if directory.is_dir() else 'nothing at'} {directory}"
+        raise ValueError(f"expected the directory of a run (config.json, log.jsonl or checkpoints/), found {found}")
     try:
         rows = [row for row in read_log(directory) if isinstance(row, dict) and finite(row.get("step")) is not None]
     except UnicodeDecodeError as error:
@@ -235,9 +233,9 @@ def read_samples(path: str | Path, run: str = "") -> Samples:
         warnings = [f"{path / 'metrics.json'} is of samples with other settings: left out; measure these anew"]
     record = record or sampling
     if not isinstance(record.get("settings"), dict):
+        found = f"{'neither in' if path.exists() else 'nothing at'} {path}"
         raise ValueError(
-            f"expected a set of samples (a directory with samples.json, or a metrics.json that records how the samples "
-            f"were drawn), found {'neither in' if path.exists() else 'nothing at'} {path}"
+            f"expected a set of samples (samples.json, or a metrics.json that tells its settings), found {found}"
         )
     settings, checkpoint = record["settings"], Path(record.get("checkpoint") or "")
     metrics, reference = measured.get("metrics") or {}, measured.get("reference") or {}

@@ -130,6 +130,14 @@ def parse_given(
 def _parse(parser: _Parser, fields: dict[str, dataclasses.Field], argv: Sequence[str] | None) -> dict[str, Any]:
     """What `argv` says, by field name."""
     arguments, unknown = parser.parse_known_args(argv)
+    positional = next((field for field in fields.values() if field.metadata["positional"]), None)
+    if (
+        positional
+        and unknown
+        and positional.name not in arguments
+        and not any(word.startswith("-") for word in unknown)
+    ):
+        return vars(parser.parse_args([_spellings(positional)[0], *unknown], arguments))  # behind the flags
     if unknown:
         known = [spelling for field in fields.values() for spelling in _spellings(field)]
         parser.error(_unknown("flag", unknown[0], known))
@@ -205,6 +213,11 @@ def _yaml_to_flags(parser: _Parser, path: str, fields: dict[str, dataclasses.Fie
         else:
             flags.append(f"{spelling}={value}")
     return flags
+
+
+def parse_early(config_class: type, description: str) -> None:
+    """Answer `--help` and refuse wrong flags, before an entry point imports what is slow (torch)."""
+    run(lambda: parse(config_class, None, description))
 
 
 def run(main: Callable[[], None]) -> None:

@@ -10,12 +10,20 @@ from runtime import cli
 from runtime.cli import REQUIRED
 
 PROGRAMS = {
-    "training.config": "TrainConfig", "sampling.config": "SampleConfig", "preprocessing.dump_latents": "DumpConfig",
-    "preprocessing.import_latents": "ImportConfig", "evaluations.evaluate": "EvaluateConfig",
-    "analysis.sweep": "SweepConfig", "analysis.doctor": "DoctorConfig", "demo.run": "DemoConfig",
-    "analysis.report": "ReportConfig", "analysis.compare": "CompareConfig", "analysis.probe": "ProbeConfig",
-    "analysis.cost": "CostConfig", "analysis.publish": "PublishConfig",
-}  # fmt: skip
+    "training.config": "TrainConfig",
+    "sampling.config": "SampleConfig",
+    "preprocessing.dump_latents": "DumpConfig",
+    "preprocessing.import_latents": "ImportConfig",
+    "evaluations.evaluate": "EvaluateConfig",
+    "analysis.sweep": "SweepConfig",
+    "analysis.doctor": "DoctorConfig",
+    "demo.run": "DemoConfig",
+    "analysis.report": "ReportConfig",
+    "analysis.compare": "CompareConfig",
+    "analysis.probe": "ProbeConfig",
+    "analysis.cost": "CostConfig",
+    "analysis.publish": "PublishConfig",
+}
 
 
 def flags():

@@ -52,8 +52,12 @@ def test_round_trip_restores_every_tensor(tmp_path):
     folder = save_checkpoint(tmp_path, 7, model, ema, optimizer, INFO)
     assert folder == tmp_path / "checkpoints" / "0000007"
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "ema.safetensors", "model.safetensors", "optimizer.pt", "state.json"
-    }  # fmt: skip
+        "config.json",
+        "ema.safetensors",
+        "model.safetensors",
+        "optimizer.pt",
+        "state.json",
+    }
     other, other_ema, other_optimizer = make(1)
     load_checkpoint(folder, other, other_ema, other_optimizer)
     assert load.read_state(folder)["step"] == 7

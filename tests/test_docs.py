@@ -19,15 +19,19 @@ from tests.stores import make_store, make_vae
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = {
-    "train.py": ("training.config", "TrainConfig"), "sample_ddp.py": ("sampling.config", "SampleConfig"),
+    "train.py": ("training.config", "TrainConfig"),
+    "sample_ddp.py": ("sampling.config", "SampleConfig"),
     "preprocessing/dump_latents.py": ("preprocessing.dump_latents", "DumpConfig"),
     "preprocessing/import_latents.py": ("preprocessing.import_latents", "ImportConfig"),
     "evaluations.evaluate": ("evaluations.evaluate", "EvaluateConfig"),
-    "analysis.sweep": ("analysis.sweep", "SweepConfig"), "analysis.doctor": ("analysis.doctor", "DoctorConfig"),
-    "analysis.cost": ("analysis.cost", "CostConfig"), "analysis.probe": ("analysis.probe", "ProbeConfig"),
-    "analysis.report": ("analysis.report", "ReportConfig"), "analysis.compare": ("analysis.compare", "CompareConfig"),
+    "analysis.sweep": ("analysis.sweep", "SweepConfig"),
+    "analysis.doctor": ("analysis.doctor", "DoctorConfig"),
+    "analysis.cost": ("analysis.cost", "CostConfig"),
+    "analysis.probe": ("analysis.probe", "ProbeConfig"),
+    "analysis.report": ("analysis.report", "ReportConfig"),
+    "analysis.compare": ("analysis.compare", "CompareConfig"),
     "analysis.publish": ("analysis.publish", "PublishConfig"),
-}  # fmt: skip
+}
 
 
 def blocks(page, language):
@@ -87,25 +91,31 @@ def project_in(folder):
 
 
 @pytest.mark.slow
-def test_the_page_on_a_new_alignment_works_to_the_letter(tmp_path):
+def test_the_page_on_a_new_alignment_works_to_the_letter_and_every_program_of_analysis_on_its_run(tmp_path):
     page = ROOT / "docs" / "add-an-alignment.md"
     project = project_in(tmp_path / "project")
-    make_store(project / "exps" / "demo" / "latents", count=64, vae=make_vae(tmp_path / "vae"))
-    method, test = blocks(page, "python")
+    vae = make_vae(tmp_path / "vae")
+    make_store(project / "exps" / "demo" / "latents", count=192, images=True, vae=vae)
+    method, entry, test = blocks(page, "python")
     assert len(method.splitlines()) <= 30
-    with open(project / "methods.py", "a") as file:
-        file.write("\n\n" + method)
+    (project / "alignment" / "blur.py").write_text(method)
+    with open(project / "alignment" / "registry.py", "a") as file:
+        file.write("\n\n" + entry)
     (project / "tests" / "test_blur.py").write_text(test)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    (script,) = blocks(page, "bash")
-    for line in script.replace("\\\n", " ").splitlines():
+
+    def run(line):
         words = shlex.split(line)
         assert words[0] == "python"
-        done = subprocess.run(
-            [sys.executable, *words[1:]], cwd=project, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-    assert "SiT-XL/2 + blur" in done.stdout
+        command, environment = [sys.executable, *words[1:]], os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (line, done.stdout, done.stderr)
+        return done.stdout
+
+    # The page.
+    (script,) = blocks(page, "bash")
+    for line in script.replace("\\\n", " ").splitlines():
+        said = run(line)
+    assert "SiT-XL/2 + blur" in said
     logs = {
         name: [json.loads(row) for row in (project / "exps" / name / "log.jsonl").read_text().splitlines()]
         for name in ("blur", "vae-blur")
@@ -113,6 +123,29 @@ def test_the_page_on_a_new_alignment_works_to_the_letter(tmp_path):
     assert "align_vae" not in logs["blur"][0]
     assert {"align_blur", "align_vae"} <= logs["vae-blur"][0].keys()
     assert logs["blur"][-1]["align_blur"] < logs["blur"][0]["align_blur"]
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_blur.py"]
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    run("python -m pytest -q tests/test_blur.py")
+
+    # The programs.
+    rows = {"train": {"model": "SiT-Ti/2", "max-train-steps": 2, "batch-size": 8, "sampling-steps": 0}}
+    rows |= {"sample": {"num-samples": 16, "num-steps": 2}, "rows": {"blur": {"flags": {"align": "blur"}}}}
+    (project / "rows.yaml").write_text(json.dumps(rows))
+    said = {
+        program: run(f"python -m analysis.{program} {arguments}")
+        for program, arguments in {
+            "report": "exps/blur exps/vae-blur",
+            "compare": f"exps/blur exps/vae-blur --num-steps 2 --vae {vae}",
+            "doctor": "exps/blur",
+            "publish": f"exps/vae-blur --include-vae --vae {vae}",
+            "probe": "exps/vae-blur --data-dir exps/demo/latents --noise-levels 0.5 --device cpu",
+            "cost": "--model SiT-Ti/2 --align blur --latent-size 8 --batch-size 4 --steps 1",
+            "sweep": "--data-dir exps/demo/latents --reference exps/demo/latents --table rows.yaml "
+            "--sample '--features vae'",
+        }.items()
+    }
+    programs = {name.removeprefix("analysis.") for name in PROGRAMS if name.startswith("analysis.")}
+    assert said.keys() == programs
+    assert "(VAE-REPA at block 2; blur)" in said["probe"]
+    assert "SiT-Ti/2 + blur" in said["cost"]
+    (card,) = project.glob("exps/vae-blur/published/*/README.md")
+    assert "# SiT-Ti/2 + VAE-REPA + blur, step 40\n" in card.read_text()
+    assert (project / "exps" / "ablations" / "table.csv").read_text().count("blur") == 1

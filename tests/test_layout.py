@@ -26,8 +26,12 @@ ROOMS |= {"train": BELOW, "sample_ddp": BELOW, "analysis": (*BELOW, "train", "sa
 ROOMS |= {"benchmarks": (*ROOMS, "demo"), "demo": (*ROOMS, "benchmarks")}
 SCRIPTS = ("train.py", "sample_ddp.py", "loss.py", "dataset.py")
 BEFORE_TORCH = {  # modules that define flags
-    "runtime.cli", "runtime.files", "training.config", "alignment.settings", "sampling.config",
-}  # fmt: skip
+    "runtime.cli",
+    "runtime.files",
+    "training.config",
+    "alignment.settings",
+    "sampling.config",
+}
 
 
 def sources():

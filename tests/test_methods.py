@@ -135,9 +135,14 @@ def test_every_named_encoder_is_known_to_timm_with_weights():
 
 @pytest.mark.parametrize(
     ("name", "tokens"),
-    [("vit_small_patch14_reg4_dinov2.lvd142m", 5), ("vit_small_patch16_dinov3.lvd1689m", 5), ("clip-vit-b", 1),
-     ("siglip-vit-b", 0), ("mae-vit-b", 1)],
-)  # fmt: skip
+    [
+        ("vit_small_patch14_reg4_dinov2.lvd142m", 5),
+        ("vit_small_patch16_dinov3.lvd1689m", 5),
+        ("clip-vit-b", 1),
+        ("siglip-vit-b", 0),
+        ("mae-vit-b", 1),
+    ],
+)
 def test_encoders_with_registers_rotary_positions_or_no_class_token(name, tokens, tmp_path):
     torch.manual_seed(0)
     network = timm.create_model(ENCODERS.get(name, name), num_classes=0)

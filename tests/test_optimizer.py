@@ -133,9 +133,7 @@ def test_a_changed_learning_rate_holds_after_loading():
 def test_zero1_refuses_float16():
     from training.setup import resolve
 
-    store = SimpleNamespace(
-        meta={"resolution": 32, "vae": "none"}, num_classes=3, has_flips=False
-    )  # fmt: skip
+    store = SimpleNamespace(meta={"resolution": 32, "vae": "none"}, num_classes=3, has_flips=False)
     config = TrainConfig(data_dir="", model="SiT-Ti/2", zero1=True, mixed_precision="fp16")
     with pytest.raises(ValueError, match="--zero1: expected --mixed-precision bf16 or no"):
         resolve(config, store, on_gpu=True)

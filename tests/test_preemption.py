@@ -64,9 +64,10 @@ def undisturbed(data, tmp_path, steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, RESUMABLE), (signal.SIGUSR1, RESUMABLE), (signal.SIGINT, 130)],
+    ("number", "code"),
+    [(signal.SIGTERM, RESUMABLE), (signal.SIGUSR1, RESUMABLE), (signal.SIGINT, 130)],
     ids=["SIGTERM", "SIGUSR1", "Ctrl-C"],
-)  # fmt: skip
+)
 def test_a_signal_ends_the_step_and_saves_and_the_same_command_goes_on(number, code, data, tmp_path):
     process = start(data, tmp_path, num_workers=1)
     wait_for_steps(tmp_path / "run", process)

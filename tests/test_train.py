@@ -314,9 +314,9 @@ def test_every_flag_is_either_free_on_resume_or_tested_above():
         "skip_spikes", "spike_factor",  # below
     }  # fmt: skip
     tested = set(CHANGES) | set(JOINT_CHANGES)
-    assert {field.name for field in dataclasses.fields(TrainConfig)} == (settings_by(on_resume="free") | tested | elsewhere), (
-        "a new flag needs a test of its effect"
-    )
+    assert {field.name for field in dataclasses.fields(TrainConfig)} == (
+        settings_by(on_resume="free") | tested | elsewhere
+    ), "a new flag needs a test of its effect"
 
 
 def test_alignment_leaves_the_initial_backbone_and_first_velocity_loss_alone(data, tmp_path, plain):

@@ -85,10 +85,15 @@ class StepGuard:
         self.sums += torch.where(bad > 0, 0.0, values)
         self.bad_terms = torch.maximum(self.bad_terms, broken)
         applied, first, spikes, largest, longest = self.counts.unbind()
-        self.counts = torch.stack([
-            applied + 1 - bad, torch.where(bad > 0, first.clamp(max=step + 1), first), spikes + spike,
-            torch.maximum(largest, torch.where(spike > 0, ratio, 0.0)), torch.maximum(longest, self.run),
-        ])  # fmt: skip
+        self.counts = torch.stack(
+            [
+                applied + 1 - bad,
+                torch.where(bad > 0, first.clamp(max=step + 1), first),
+                spikes + spike,
+                torch.maximum(largest, torch.where(spike > 0, ratio, 0.0)),
+                torch.maximum(longest, self.run),
+            ]
+        )
         self.steps += 1
         return bad
 

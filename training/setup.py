@@ -130,10 +130,9 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     ema_updater = EMAUpdater(ema, sit, config.ema_decay)
 
     # Records: lock, config.json, log, trackers.
-    first_weights = initial_weights(source, state, config, accelerator)
-    record, state = make_records(config, store, first_weights, accelerator.num_processes)
+    initial = initial_weights(source, state, config, accelerator)
+    record, state = make_records(config, store, initial, accelerator.num_processes)
     lock, log = start_records(config, record, sampler.start_step, accelerator)
-    writer = CheckpointWriter(config.run_dir, config.keep_last, config.keep_every)
     return Run(
         config,
         accelerator,
@@ -150,7 +149,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
         methods,
         vae,
         state,
-        writer,
+        CheckpointWriter(config.run_dir, config.keep_last, config.keep_every),
         log,
         lock,
     )
