@@ -400,7 +400,7 @@ def test_samples_from_elsewhere_are_taken_if_they_are_of_this_checkpoint(checkpo
     line = refused(capsys, checkpoint, "--samples", metrics, "--output-dir", tmp_path / "other")
     assert "another checkpoint" in line
     line = refused(capsys, checkpoint, "--samples", tmp_path, "--output-dir", tmp_path / "other")
-    assert "expected a set of samples (a directory with samples.json" in line
+    assert "expected a set of samples (samples.json" in line
     assert not (tmp_path / "other").exists()
 
 
