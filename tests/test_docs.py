@@ -148,4 +148,4 @@ def test_the_page_on_a_new_alignment_works_to_the_letter_and_every_program_of_an
     assert "SiT-Ti/2 + blur" in said["cost"]
     (card,) = project.glob("exps/vae-blur/published/*/README.md")
     assert "# SiT-Ti/2 + VAE-REPA + blur, step 40\n" in card.read_text()
-    assert (project / "exps" / "ablations" / "table.csv").read_text().count("blur") == 1
+    assert (project / "exps" / "ablations" / "table.csv").read_text().count("\nblur,") == 1

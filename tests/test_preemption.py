@@ -76,7 +76,7 @@ def test_a_signal_ends_the_step_and_saves_and_the_same_command_goes_on(number, c
     assert process.returncode == code, err
     assert f"{number.name}: ending the step, then saving" in err
     step = int(latest_checkpoint(tmp_path / "run").name)
-    assert re.search(rf"stopped by {number.name} after step {step}; the same command goes on from .*{step:07d}", out)
+    assert re.search(rf"stopped by {number.name} after step {step}; the same command resumes from .*{step:07d}", out)
     assert "Traceback" not in err
     assert 3 <= step < STEPS
     run(data, tmp_path, batch_size=8, max_train_steps=step + 2, keep_last=9)
@@ -139,7 +139,7 @@ def test_a_reader_that_dies_is_reported_with_its_samples(data, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2, err
     last = err.splitlines()[-1]
-    assert re.search(r"error: a process that reads data died \(DataLoader worker.*those of step \d+ \(\d+, \d+", last)
+    assert re.search(r"error: a DataLoader worker died \(DataLoader worker.*those of step \d+ \(\d+, \d+", last)
     assert "Traceback" not in err
 
 
