@@ -15,9 +15,8 @@ from alignment.terms import (
     AlignmentTerms,
     Batch,
     check_depths,
-    make_alignment,
     normalize_tokens,
-    weight_schedule,
+    terms_by_settings,
 )
 from models.encoders import load_encoder
 from models.projector import ConvHead, Projector
@@ -27,7 +26,7 @@ LAYERS, WIDTH = 3, 2048  # of REPA's head
 
 def build(context: AlignmentContext) -> AlignmentTerms:
     settings, sit = context.settings, context.sit.config
-    depths = check_depths(context, settings.repa_depth, "--repa-depth")  # before the weights are fetched
+    check_depths(context, settings.repa_depth, "--repa-depth")  # before the weights are fetched
     side = math.isqrt(sit.num_tokens)
     encoder = load_encoder(settings.repa_encoder, side, settings.repa_weights, context.device)
     if context.compile:
@@ -42,13 +41,7 @@ def build(context: AlignmentContext) -> AlignmentTerms:
         features = encoder(batch.images)
         return normalize_tokens(features) if settings.repa_normalize else features
 
-    return AlignmentTerms(
-        depths,
-        make_head,
-        make_alignment(context, settings.repa_weight, settings.repa_objective),
-        weight_schedule(settings.repa_schedule, context, "--repa-schedule"),
-        target,
-    )
+    return terms_by_settings(context, "repa", make_head, target)
 
 
 METHOD = AlignmentMethod(

@@ -6,8 +6,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from runtime.cli import check, flag
+
+_alignment = partial(flag, group="alignment")
+_alignment_vae = partial(flag, group="alignment: vae")
+_alignment_repa = partial(flag, group="alignment: repa")
+_alignment_sra = partial(flag, group="alignment: sra")
 
 OBJECTIVES = ("smooth_l1", "l1", "l2", "cosine")
 _HEAD = "an MLP, or one 3 x 3 convolution over the grid of tokens"
@@ -22,14 +28,13 @@ _SCHEDULE = (
 class CommonSettings:
     """What all methods share."""
 
-    align: str = flag(
+    align: str = _alignment(
         "vae",
         "vae: VAE-REPA; repa: an external encoder; sra: the model's own EMA; sums such as repa+vae; none: plain SiT",
-        group="alignment",
     )
-    align_beta: float = flag(0.05, "half-width of smooth L1's quadratic part, for every method", group="alignment")
-    align_time_range: tuple[float, float] = flag(
-        (0.0, 1.0), "align only samples with t in this range, by every method", group="alignment", metavar="T"
+    align_beta: float = _alignment(0.05, "half-width of smooth L1's quadratic part, for every method")
+    align_time_range: tuple[float, float] = _alignment(
+        (0.0, 1.0), "align only samples with t in this range, by every method", metavar="T"
     )
 
 
@@ -37,74 +42,61 @@ class CommonSettings:
 class VAESettings:
     """VAE-REPA, Section 3.2 of the paper."""
 
-    align_depth: tuple[int, ...] | None = flag(
+    align_depth: tuple[int, ...] | None = _alignment_vae(
         None,
         "blocks that are aligned, counted from 1; several share the weight; by default S 2, B 2, L 8, XL 8",
-        group="alignment: vae",
         aliases=("--encoder-depth",),
     )
-    align_weight: float = flag(1.0, "lambda of Eq. 8", group="alignment: vae", aliases=("--proj-coeff",))
-    align_schedule: str = flag("constant", _SCHEDULE, group="alignment: vae")
-    align_objective: str = flag("smooth_l1", "objective of Eq. 7", choices=OBJECTIVES, group="alignment: vae")
-    align_head: str = flag("mlp", _HEAD, choices=("mlp", "conv"), group="alignment: vae")
-    align_layers: int = flag(5, "linear layers in the MLP head, 1 to 8", group="alignment: vae")
-    align_target: str = flag(
-        "sample",
-        "the posterior sample that is noised, or the posterior mean",
-        choices=("sample", "mean"),
-        group="alignment: vae",
+    align_weight: float = _alignment_vae(1.0, "lambda of Eq. 8", aliases=("--proj-coeff",))
+    align_schedule: str = _alignment_vae("constant", _SCHEDULE)
+    align_objective: str = _alignment_vae("smooth_l1", "objective of Eq. 7", choices=OBJECTIVES)
+    align_head: str = _alignment_vae("mlp", _HEAD, choices=("mlp", "conv"))
+    align_layers: int = _alignment_vae(5, "linear layers in the MLP head, 1 to 8")
+    align_target: str = _alignment_vae(
+        "sample", "the posterior sample that is noised, or the posterior mean", choices=("sample", "mean")
     )
-    align_normalize: bool = flag(False, _NORMALIZE, group="alignment: vae")
+    align_normalize: bool = _alignment_vae(False, _NORMALIZE)
 
 
 @dataclass(frozen=True)
 class REPASettings:
     """REPA (Yu et al., 2024)."""
 
-    repa_encoder: str = flag(
+    repa_encoder: str = _alignment_repa(
         "dinov2-vit-b",
         "encoder: dinov2-vit-s, -b, -l, -g, dinov2reg-vit-b, -l, -g, dinov3-vit-s, -b, -l, mae-vit-b, -l, "
         "clip-vit-b, -l, siglip-vit-b, -l, or a vision transformer's name in timm",
-        group="alignment: repa",
         aliases=("--enc-type",),
     )
-    repa_weights: str | None = flag(
-        None,
-        "local file with its weights, in place of the hub; random: none, to measure speed",
-        group="alignment: repa",
+    repa_weights: str | None = _alignment_repa(
+        None, "local file with its weights, in place of the hub; random: none, to measure speed"
     )
-    repa_depth: tuple[int, ...] | None = flag(
-        None, "blocks that are aligned; by default Ti 2, S 4, B 4, L 8, XL 8", group="alignment: repa"
+    repa_depth: tuple[int, ...] | None = _alignment_repa(
+        None, "blocks that are aligned; by default Ti 2, S 4, B 4, L 8, XL 8"
     )
-    repa_weight: float = flag(0.5, "weight of its term", group="alignment: repa")
-    repa_schedule: str = flag("constant", _SCHEDULE, group="alignment: repa")
-    repa_objective: str = flag("cosine", "objective of its term", choices=OBJECTIVES, group="alignment: repa")
-    repa_head: str = flag("mlp", _HEAD, choices=("mlp", "conv"), group="alignment: repa")
-    repa_normalize: bool = flag(False, _NORMALIZE, group="alignment: repa")
+    repa_weight: float = _alignment_repa(0.5, "weight of its term")
+    repa_schedule: str = _alignment_repa("constant", _SCHEDULE)
+    repa_objective: str = _alignment_repa("cosine", "objective of its term", choices=OBJECTIVES)
+    repa_head: str = _alignment_repa("mlp", _HEAD, choices=("mlp", "conv"))
+    repa_normalize: bool = _alignment_repa(False, _NORMALIZE)
 
 
 @dataclass(frozen=True)
 class SRASettings:
     """SRA (Jiang et al., 2025)."""
 
-    sra_depth: tuple[int, ...] | None = flag(
-        None,
-        "blocks that are aligned; by default Ti 2, S 4, B 4, L 8, XL 8",
-        group="alignment: sra",
-        aliases=("--block-out-s",),
+    sra_depth: tuple[int, ...] | None = _alignment_sra(
+        None, "blocks that are aligned; by default Ti 2, S 4, B 4, L 8, XL 8", aliases=("--block-out-s",)
     )
-    sra_teacher_depth: int | None = flag(
+    sra_teacher_depth: int | None = _alignment_sra(
         None,
         "block of the EMA that they learn from; by default Ti 4, S 8, B 8, L 16, XL 20",
-        group="alignment: sra",
         aliases=("--block-out-t",),
     )
-    sra_t_max: float = flag(
-        0.2, "the EMA sees a time up to this much earlier", group="alignment: sra", aliases=("--t-max",)
-    )
-    sra_weight: float = flag(0.2, "weight of its term", group="alignment: sra")
-    sra_schedule: str = flag("sra", _SCHEDULE, group="alignment: sra")
-    sra_objective: str = flag("smooth_l1", "objective of its term", choices=OBJECTIVES, group="alignment: sra")
+    sra_t_max: float = _alignment_sra(0.2, "the EMA sees a time up to this much earlier", aliases=("--t-max",))
+    sra_weight: float = _alignment_sra(0.2, "weight of its term")
+    sra_schedule: str = _alignment_sra("sra", _SCHEDULE)
+    sra_objective: str = _alignment_sra("smooth_l1", "objective of its term", choices=OBJECTIVES)
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from alignment.terms import (
-    AlignmentContext,
-    AlignmentMethod,
-    AlignmentTerms,
-    Batch,
-    check_depths,
-    make_alignment,
-    weight_schedule,
-)
+from alignment.terms import AlignmentContext, AlignmentMethod, AlignmentTerms, Batch, check_depths, terms_by_settings
 from models.projector import Projector
 
 LAYERS = 2  # of SRA's head
@@ -34,13 +26,7 @@ def build(context: AlignmentContext) -> AlignmentTerms:
         with context.autocast():
             return ema.tokens(context.interpolant.interpolate(batch.z, batch.eps, t), t, batch.y, depth)
 
-    return AlignmentTerms(
-        check_depths(context, settings.sra_depth, "--sra-depth"),
-        lambda: Projector(sit.hidden_size, sit.hidden_size, LAYERS),
-        make_alignment(context, settings.sra_weight, settings.sra_objective),
-        weight_schedule(settings.sra_schedule, context, "--sra-schedule"),
-        target,
-    )
+    return terms_by_settings(context, "sra", lambda: Projector(sit.hidden_size, sit.hidden_size, LAYERS), target)
 
 
 METHOD = AlignmentMethod(

@@ -116,6 +116,21 @@ def make_alignment(context: AlignmentContext, weight: float, objective: str) -> 
     return Alignment(weight, objective, context.settings.align_beta, context.settings.align_time_range)
 
 
+def terms_by_settings(
+    context: AlignmentContext, prefix: str, make_head: Callable[[], nn.Module], target: Callable[[Batch], Tensor]
+) -> AlignmentTerms:
+    """The terms of a method whose settings are `<prefix>_depth`, `_weight`, `_objective` and `_schedule`."""
+    names = "depth weight objective schedule".split()
+    depths, weight, objective, schedule = (getattr(context.settings, f"{prefix}_{name}") for name in names)
+    return AlignmentTerms(
+        check_depths(context, depths, f"--{prefix}-depth"),
+        make_head,
+        make_alignment(context, weight, objective),
+        weight_schedule(schedule, context, f"--{prefix}-schedule"),
+        target,
+    )
+
+
 def weight_schedule(schedule: str, context: AlignmentContext, flag: str) -> Callable[[int], float]:
     """The factor of a weight at each optimizer step (counted from 0).
 

@@ -12,10 +12,8 @@ from alignment.terms import (
     AlignmentMethod,
     AlignmentTerms,
     Batch,
-    check_depths,
-    make_alignment,
     normalize_tokens,
-    weight_schedule,
+    terms_by_settings,
 )
 from models.projector import ConvHead, Projector
 from models.sit import patchify
@@ -33,13 +31,7 @@ def build(context: AlignmentContext) -> AlignmentTerms:
         f_vae = patchify(batch.z if settings.align_target == "sample" else batch.mean, sit.patch_size)
         return normalize_tokens(f_vae) if settings.align_normalize else f_vae
 
-    return AlignmentTerms(
-        check_depths(context, settings.align_depth, "--align-depth"),
-        make_head,
-        make_alignment(context, settings.align_weight, settings.align_objective),
-        weight_schedule(settings.align_schedule, context, "--align-schedule"),
-        target,
-    )
+    return terms_by_settings(context, "align", make_head, target)
 
 
 METHOD = AlignmentMethod(

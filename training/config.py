@@ -9,41 +9,46 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from alignment.settings import AlignmentSettings
 from runtime.cli import REQUIRED, check, flag
+
+_data = partial(flag, group="data")
+_run = partial(flag, group="run")
+_model = partial(flag, group="model")
+_optimisation = partial(flag, group="optimisation")
+_stability = partial(flag, group="stability")
+_speed = partial(flag, group="speed", on_resume="free")
+_checkpoints = partial(flag, group="checkpoints", on_resume="free")
+_logging = partial(flag, group="logging", on_resume="free")
+_sampling = partial(flag, group="sampling", on_resume="free")
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """What a run is: its data, its directory, its model."""
 
-    data_dir: str = flag(REQUIRED, "latent store made by preprocessing/dump_latents.py", group="data", on_resume="free")
-    resolution: int | None = flag(
-        None, "side of the images in pixels; checked against the store, which knows it", group="data", on_resume="free"
+    data_dir: str = _data(REQUIRED, "latent store made by preprocessing/dump_latents.py", on_resume="free")
+    resolution: int | None = _data(
+        None, "side of the images in pixels; checked against the store, which knows it", on_resume="free"
     )
-    num_classes: int | None = flag(None, "classes the model can tell apart, at least the store's", group="data")
-    random_flip: bool = flag(False, "mirror each image with probability 1/2 (store made with --flip)", group="data")
-    num_workers: int = flag(2, "DataLoader workers that read the store, per GPU", group="data", on_resume="free")
-    verify_data: bool = flag(
-        False, "compare the digests of the whole store before the first step", group="data", on_resume="free"
-    )
+    num_classes: int | None = _data(None, "classes the model can tell apart, at least the store's")
+    random_flip: bool = _data(False, "mirror each image with probability 1/2 (store made with --flip)")
+    num_workers: int = _data(2, "DataLoader workers that read the store, per GPU", on_resume="free")
+    verify_data: bool = _data(False, "compare the digests of the whole store before the first step", on_resume="free")
 
-    output_dir: str = flag("exps", "directory of all runs", group="run", on_resume="free")
-    exp_name: str | None = flag(
-        None, "name of this run; by default made of model and alignment", group="run", on_resume="free"
+    output_dir: str = _run("exps", "directory of all runs", on_resume="free")
+    exp_name: str | None = _run(None, "name of this run; by default made of model and alignment", on_resume="free")
+    resume: bool = _run(True, "resume from the newest checkpoint if the run's directory has one", on_resume="free")
+    init_from: str | None = _run(
+        None, "start from these weights: a checkpoint or run of ours, or a file of SiT's, REPA's or SRA's"
     )
-    resume: bool = flag(
-        True, "resume from the newest checkpoint if the run's directory has one", group="run", on_resume="free"
-    )
-    init_from: str | None = flag(
-        None, "start from these weights: a checkpoint or run of ours, or a file of SiT's, REPA's or SRA's", group="run"
-    )
-    seed: int = flag(0, "seed of the initial weights and of every draw", group="run")
+    seed: int = _run(0, "seed of the initial weights and of every draw")
 
-    model: str = flag("SiT-XL/2", "SiT-SIZE/PATCH: sizes Ti, S, B, L, XL; patches 1, 2, 4, 8", group="model")
-    path_type: str = flag("linear", "path between data and noise (Eq. 1)", choices=("linear", "cosine"), group="model")
+    model: str = _model("SiT-XL/2", "SiT-SIZE/PATCH: sizes Ti, S, B, L, XL; patches 1, 2, 4, 8")
+    path_type: str = _model("linear", "path between data and noise (Eq. 1)", choices=("linear", "cosine"))
 
 
 _RANGES = (
@@ -68,92 +73,63 @@ _RANGES = (
 class TrainConfig(AlignmentSettings, RunSettings):
     """Settings of a run; saved as `config.json` in its directory and in every checkpoint."""
 
-    batch_size: int = flag(256, "images per step, over all processes and accumulation steps", group="optimisation")
-    gradient_accumulation_steps: int = flag(
-        1, "micro-batches per step and process", group="optimisation", on_resume="free"
+    batch_size: int = _optimisation(256, "images per step, over all processes and accumulation steps")
+    gradient_accumulation_steps: int = _optimisation(1, "micro-batches per step and process", on_resume="free")
+    max_train_steps: int = _optimisation(400_000, "steps in all", on_resume="free")
+    learning_rate: float = _optimisation(1e-4, "constant learning rate of AdamW", on_resume="announced")
+    adam_beta1: float = _optimisation(0.9, "AdamW's decay of the first moment")
+    adam_beta2: float = _optimisation(0.999, "AdamW's decay of the second moment")
+    adam_weight_decay: float = _optimisation(0.0, "AdamW's weight decay")
+    adam_epsilon: float = _optimisation(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = _optimisation(
+        1.0, "gradients are scaled down to this global norm (inf: never)", on_resume="announced"
     )
-    max_train_steps: int = flag(400_000, "steps in all", group="optimisation", on_resume="free")
-    learning_rate: float = flag(1e-4, "constant learning rate of AdamW", group="optimisation", on_resume="announced")
-    adam_beta1: float = flag(0.9, "AdamW's decay of the first moment", group="optimisation")
-    adam_beta2: float = flag(0.999, "AdamW's decay of the second moment", group="optimisation")
-    adam_weight_decay: float = flag(0.0, "AdamW's weight decay", group="optimisation")
-    adam_epsilon: float = flag(1e-8, "AdamW's epsilon", group="optimisation")
-    max_grad_norm: float = flag(
-        1.0, "gradients are scaled down to this global norm (inf: never)", group="optimisation", on_resume="announced"
-    )
-    ema_decay: float = flag(0.9999, "decay of the EMA per step", group="optimisation")
-    label_dropout: float = flag(
-        0.1, "share of labels replaced by the null class, for guidance", group="optimisation", aliases=("--cfg-prob",)
+    ema_decay: float = _optimisation(0.9999, "decay of the EMA per step")
+    label_dropout: float = _optimisation(
+        0.1, "share of labels replaced by the null class, for guidance", aliases=("--cfg-prob",)
     )
 
-    max_bad_steps: int = flag(
+    max_bad_steps: int = _stability(
         20,
         "stop after this many steps in a row that could not be applied: a loss or gradient was not finite",
-        group="stability",
         on_resume="free",
     )
-    spike_factor: float = flag(
-        10.0, "report a gradient norm above this many running medians", group="stability", on_resume="announced"
+    spike_factor: float = _stability(
+        10.0, "report a gradient norm above this many running medians", on_resume="announced"
     )
-    skip_spikes: bool = flag(False, "do not apply such steps", group="stability", on_resume="announced")
-    timeout: int = flag(
-        600, "seconds after which a process that waits for another gives up", group="stability", on_resume="free"
-    )
+    skip_spikes: bool = _stability(False, "do not apply such steps", on_resume="announced")
+    timeout: int = _stability(600, "seconds after which a process that waits for another gives up", on_resume="free")
 
-    mixed_precision: str | None = flag(
+    mixed_precision: str | None = _speed(
         None,
         "precision of the network; bf16 on a GPU and no (float32) elsewhere unless set",
         choices=("no", "bf16", "fp16"),
-        group="speed",
         on_resume="announced",
     )
-    allow_tf32: bool = flag(False, "TF32 for float32 products on the GPU", group="speed")
-    grad_checkpoint: int = flag(
-        0,
-        "run every k-th block again in the backward pass, to save memory (1: each, 0: none)",
-        group="speed",
-        on_resume="free",
+    allow_tf32: bool = _speed(False, "TF32 for float32 products on the GPU", on_resume="fixed")
+    grad_checkpoint: int = _speed(
+        0, "run every k-th block again in the backward pass, to save memory (1: each, 0: none)"
     )
-    zero1: bool = flag(
-        False,
-        "shard the optimizer's moments over the processes: the same weights, less memory",
-        group="speed",
-        on_resume="free",
-    )
-    profile: int = flag(
-        0, "write a trace of this many steady steps to <run>/profile.json (0: none)", group="speed", on_resume="free"
-    )
-    compile: bool | None = flag(None, "torch.compile each block; on a GPU unless set", group="speed", on_resume="free")
+    zero1: bool = _speed(False, "shard the optimizer's moments over the processes: the same weights, less memory")
+    profile: int = _speed(0, "write a trace of this many steady steps to <run>/profile.json (0: none)")
+    compile: bool | None = _speed(None, "torch.compile each block; on a GPU unless set")
 
-    checkpointing_steps: int = flag(
-        50_000, "save every this many steps, and at the end", group="checkpoints", on_resume="free"
-    )
-    keep_last: int = flag(2, "newest checkpoints that are kept", group="checkpoints", on_resume="free")
-    keep_every: int = flag(
-        100_000, "also keep those whose step this divides (0: none)", group="checkpoints", on_resume="free"
-    )
+    checkpointing_steps: int = _checkpoints(50_000, "save every this many steps, and at the end")
+    keep_last: int = _checkpoints(2, "newest checkpoints that are kept")
+    keep_every: int = _checkpoints(100_000, "also keep those whose step this divides (0: none)")
 
-    log_every: int = flag(100, "write a row of metrics every this many steps", group="logging", on_resume="free")
-    report_to: str = flag(
-        "none",
-        "tracker beside log.jsonl and metrics.csv",
-        choices=("none", "wandb", "tensorboard"),
-        group="logging",
-        on_resume="free",
+    log_every: int = _logging(100, "write a row of metrics every this many steps")
+    report_to: str = _logging(
+        "none", "tracker beside log.jsonl and metrics.csv", choices=("none", "wandb", "tensorboard")
     )
-    tracker_project: str = flag("vae-repa", "project name for the tracker", group="logging", on_resume="free")
+    tracker_project: str = _logging("vae-repa", "project name for the tracker")
 
-    sampling_steps: int = flag(
-        10_000, "draw a grid of EMA samples every this many steps (0: never)", group="sampling", on_resume="free"
-    )
-    sampling_count: int = flag(16, "images in a grid", group="sampling", on_resume="free")
-    sampling_guidance: float = flag(4.0, "guidance scale of a grid (1: none)", group="sampling", on_resume="free")
-    sampling_num_steps: int = flag(50, "Euler steps of a grid", group="sampling", on_resume="free")
-    vae: str | None = flag(
-        None,
-        "VAE that decodes the grids: hub name, local directory or file; by default the store's",
-        group="sampling",
-        on_resume="free",
+    sampling_steps: int = _sampling(10_000, "draw a grid of EMA samples every this many steps (0: never)")
+    sampling_count: int = _sampling(16, "images in a grid")
+    sampling_guidance: float = _sampling(4.0, "guidance scale of a grid (1: none)")
+    sampling_num_steps: int = _sampling(50, "Euler steps of a grid")
+    vae: str | None = _sampling(
+        None, "VAE that decodes the grids: hub name, local directory or file; by default the store's"
     )
 
     def __post_init__(self):
