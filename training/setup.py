@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from alignment.registry import METHODS, needs_of, parse_align
@@ -26,6 +25,7 @@ from models.load import load_sit, read_state
 from models.sit import SiT, SiTConfig
 from models.vae import UNKNOWN_VAE, LatentScale, check_vae, load_vae
 from reporting.log import RunLog
+from runtime.cli import check
 from runtime.distributed import allow_tf32
 from runtime.files import sha256, to_json, write_atomically
 from runtime.seeding import block_generator, step_generator
@@ -173,20 +173,14 @@ def resolve(config: TrainConfig, store: LatentDataset, on_gpu: bool) -> TrainCon
         "vae": store.meta["vae"],
     }
     config = dataclasses.replace(config, **{k: v for k, v in decided.items() if getattr(config, k) is None})
-    if config.mixed_precision == "fp16" and not on_gpu:
+    fp16, R, K = config.mixed_precision == "fp16", store.meta["resolution"], store.num_classes
+    if fp16 and not on_gpu:
         raise ValueError("--mixed-precision fp16: expected a GPU, found none; use bf16 or no")
-    if config.zero1 and config.mixed_precision == "fp16":
+    if config.zero1 and fp16:
         raise ValueError("--zero1: expected --mixed-precision bf16 or no with it, found fp16")
-    if config.resolution != store.meta["resolution"]:
-        raise ValueError(
-            f"--resolution: expected {store.meta['resolution']}, which {config.data_dir} was made at, "
-            f"found {config.resolution}; leave the flag out or dump the images again"
-        )
-    if config.num_classes < store.num_classes:
-        raise ValueError(
-            f"--num-classes: expected at least {store.num_classes}, the classes in {config.data_dir}, "
-            f"found {config.num_classes}"
-        )
+    made_at = f"{R}, which {config.data_dir} was made at (leave the flag out, or dump the images again)"
+    check(config, "resolution", config.resolution == R, made_at)
+    check(config, "num_classes", config.num_classes >= K, f"at least {K}, the classes in {config.data_dir}")
     if config.random_flip and not store.has_flips:
         raise ValueError(f"--random-flip: {config.data_dir} has no mirrored latents; dump it again with --flip")
     return config
@@ -241,17 +235,12 @@ def make_loader(
     loader = DataLoader(
         store,
         batch_sampler=sampler,
-        collate_fn=_keep_batch,
+        collate_fn=dict,  # the store gathers a batch at once: nothing is left to collate
         num_workers=config.num_workers,
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=ignore_signals,
     )
     return sampler, loader
-
-
-def _keep_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The store gathers a batch at once: nothing is left to collate."""
-    return batch
 
 
 def load_grid_vae(config: TrainConfig, store: LatentDataset, accelerator: Accelerator) -> torch.nn.Module | None:
