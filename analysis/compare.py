@@ -10,56 +10,16 @@ there are none, runs are compared by the velocity loss.
 
 from __future__ import annotations
 
-import io
-import math
-import sys
-import warnings
-from dataclasses import dataclass
-from pathlib import Path
-
+from analysis.compare_config import CompareConfig
 from runtime import cli
-from runtime.cli import REQUIRED, check, flag
-from sampling.config import SAMPLERS
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    runs: tuple[str, ...] = flag(
-        REQUIRED, "directories of runs, the baseline first", group="what to compare", metavar="RUN", positional=True
-    )
-    samples: tuple[str, ...] = flag(
-        (), "more samples: their directories, or their metrics.json", group="what to compare", metavar="PATH"
-    )
-    metric: str | None = flag(
-        None, "of the curves; by default fid or another Frechet distance", group="what to compare"
-    )
-    output_dir: str = flag("exps/compare", "directory of the results", group="what to compare")
-
-    images: bool = flag(True, "draw compare.png", group="images")
-    steps: tuple[int, ...] | None = flag(None, "to draw; up to 4 that all have", group="images", metavar="STEP")
-    classes: tuple[int, ...] | None = flag(
-        None, "numbers of classes; up to 8 unless set", group="images", metavar="CLASS"
-    )
-    seed: int = flag(0, "seed of the noise", group="images")
-    sampler: str = flag("ode-euler", "ODE by Euler or Heun, SDE by Euler-Maruyama", choices=SAMPLERS, group="images")
-    num_steps: int = flag(50, "steps of the solver; 250 with sde for the paper's", group="images")
-    guidance_scale: float = flag(4.0, "v_null + scale (v_class - v_null): 1 is no guidance", group="images")
-    vae: str | None = flag(None, "hub name or path of the VAE, if not where the checkpoints say", group="images")
-    mixed_precision: str | None = flag(
-        None, "of the network; bf16 on a GPU, no (float32) on a CPU unless set", choices=("no", "bf16"), group="images"
-    )
-    device: str | None = flag(None, "a GPU if there is one, unless set", choices=("cpu", "cuda"), group="images")
-
-    def __post_init__(self):
-        if len(self.runs) < 2:
-            raise ValueError("expected at least two runs, found one; a single one is for python -m analysis.report")
-        check(self, "seed", self.seed >= 0, "at least 0")
-        check(self, "num_steps", self.num_steps >= 1, "at least 1")
-        check(self, "guidance_scale", math.isfinite(self.guidance_scale), "a finite number")
-
 
 if __name__ == "__main__":
     cli.parse_early(CompareConfig, __doc__)  # answers --help and refuses wrong flags before torch is imported
+
+import io
+import sys
+import warnings
+from pathlib import Path
 
 from matplotlib.figure import Figure
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from analysis.compare_config import CompareConfig
 from diffusion.interpolant import Interpolant
 from models.load import load_sit
 from models.sit import SiT
@@ -23,9 +24,6 @@ from reporting.values import evenly
 from runtime.distributed import allow_tf32, choose_device
 from sampling.config import BLOCK
 from sampling.generator import block_noise, decode_latents, sample_latents
-
-if TYPE_CHECKING:
-    from analysis.compare import CompareConfig
 
 MAX_STEPS = 4  # checkpoints that are drawn unless --steps names them
 MAX_CLASSES = 8

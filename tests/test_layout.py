@@ -26,6 +26,7 @@ ROOMS |= {"train": BELOW, "sample_ddp": BELOW, "analysis": (*BELOW, "train", "sa
 ROOMS |= {"benchmarks": (*ROOMS, "demo"), "demo": (*ROOMS, "benchmarks")}
 SCRIPTS = ("train.py", "sample_ddp.py", "loss.py", "dataset.py")
 BEFORE_TORCH = {  # modules that define flags
+    "analysis.compare_config",
     "runtime.cli",
     "runtime.files",
     "training.config",
