@@ -19,6 +19,7 @@ from analysis.probe_metrics import METRICS
 from analysis.probe_tokens import ImageFiles, ProbedSiT, batches
 from analysis.similarity import principal_components
 from dataset import LatentDataset
+from reporting.values import shortened
 
 
 @dataclass
@@ -82,14 +83,6 @@ def _title(source: LatentDataset | ImageFiles, index: int) -> str:
     return f"image {index}, class {source.class_names[int(source.labels[index])]}"
 
 
-def shortened(text: str, length: int) -> str:
-    """Text of at most so many letters: its middle is left out, since names and paths differ at their ends."""
-    if len(text) <= length:
-        return text
-    end = (length - 3) * 2 // 3
-    return f"{text[: length - 3 - end]}...{text[len(text) - end :]}"
-
-
 def pca_figure(panels: list[Panel], depths: Sequence[int], levels: Sequence[float], heading: str) -> Figure:
     """Figure 2: images side by side, each with its VAE features, and below them blocks (rows) by noise levels."""
     B, L, side = len(depths), len(levels), len(panels[0].f_vae)
@@ -99,8 +92,9 @@ def pca_figure(panels: list[Panel], depths: Sequence[int], levels: Sequence[floa
     for part, panel in zip(figure.subfigures(1, len(panels), squeeze=False)[0], panels, strict=True):
         part.suptitle(shortened(panel.title, 10 * width), fontsize=10, weight="bold", parse_math=False)
         axes = part.subplot_mosaic([["image", "VAE features"], ["maps", "maps"]], height_ratios=(2, B))
-        for name, picture in (("image", panel.image), ("VAE features", panel.f_vae)):
+        for name, picture, anchor in (("image", panel.image, "E"), ("VAE features", panel.f_vae, "W")):
             axes[name].imshow(picture)
+            axes[name].set_anchor(anchor)  # side by side above the middle of the maps
             axes[name].set_title(name, fontsize=9)
             axes[name].axis("off")
         # All maps are one picture, each a unit square of it.

@@ -20,13 +20,14 @@ from models.load import load_sit
 from models.sit import SiT
 from models.vae import check_vae, load_vae
 from reporting.runs import Run
-from reporting.values import evenly
+from reporting.values import evenly, shortened
 from runtime.distributed import allow_tf32, choose_device
 from sampling.config import BLOCK
 from sampling.generator import block_noise, decode_latents, sample_latents
 
 MAX_STEPS = 4  # checkpoints that are drawn unless --steps names them
 MAX_CLASSES = 8
+MAX_NAME = 36  # characters of a run's name
 CELL = 128  # pixels that a small image is enlarged to, at least nearly
 MAX_PIXELS = 16_000  # height of the picture
 DPI = 100
@@ -114,7 +115,7 @@ def draw_all(config: CompareConfig, runs: list[Run]) -> tuple[Figure, dict[str, 
             check_vae(vae, name, info["vae_digest"], whose=run.name)
         print(f"drawing {len(labels)} images: {run.name}, step {step:,}", flush=True)
         rows.append(draw_images(sit.to(device), info, vae, labels, config, device).numpy())
-        texts.append(f"step {step:,}\n{shortened(run.name, 24)}")
+        texts.append(f"step {step:,}\n{shortened(run.name, MAX_NAME)}")
         digests.setdefault(run.name, {})[str(step)] = info["digest"]
     names = info["class_names"]
     heads = [names[label] if label < len(names) else str(label) for label in labels]
@@ -138,16 +139,23 @@ def compose(rows: Sequence[np.ndarray], texts: Sequence[str], heads: Sequence[st
     cell = side * max(1, round(CELL / side)) if side < CELL else min(side, 256)
     cell = min(cell, max(32, MAX_PIXELS // len(rows)))
     font, gap = max(13, min(22, cell // 8)), max(3, cell // 32)
-    left, top, bottom = 16 * font, 2 * font, 3 * font
-    width, height = left + count * (cell + gap), top + len(rows) * (cell + gap) + bottom
+    widest = [round(0.65 * font * max(map(len, text.split("\n")))) for text in ("\n".join(texts), caption)]
+    left, top, bottom = max(16 * font, widest[0] + font), 2 * font, 3 * font
+    right, height = left + count * (cell + gap), top + len(rows) * (cell + gap) + bottom
+    width = max(right, widest[1] + font)
 
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    edges = {"left": left / width, "right": 1 - gap / width, "top": 1 - top / height, "bottom": (bottom + gap) / height}
+    edges = {
+        "left": left / width,
+        "right": (right - gap) / width,
+        "top": 1 - top / height,
+        "bottom": (bottom + gap) / height,
+    }
     spaces = {"wspace": gap / cell, "hspace": gap / cell}
     panels = figure.subplots(len(rows), count, squeeze=False, gridspec_kw=edges | spaces)
     style = {"fontsize": font * 72 / DPI, "parse_math": False}  # a name with dollar signs is no formula
     for panel, head in zip(panels[0], heads, strict=True):
-        panel.set_title(shortened(head, int(cell / font * 1.6)), pad=gap / 2, **style)
+        panel.set_title(shortened(head, int(cell / font * 1.6), from_end=0), pad=gap / 2, **style)
     for line, images, text in zip(panels, rows, texts, strict=True):
         line[0].text(-gap / cell, 0.5, text, transform=line[0].transAxes, ha="right", va="center", **style)
         for panel, image in zip(line, images, strict=True):
@@ -155,9 +163,3 @@ def compose(rows: Sequence[np.ndarray], texts: Sequence[str], heads: Sequence[st
             panel.set_axis_off()
     figure.text(font / width, font / height / 2, caption, color="dimgray", va="bottom", **style)
     return figure
-
-
-def shortened(text: str, most: int) -> str:
-    """Text in one line of at most so many characters."""
-    text = " ".join(text.encode("utf-8", "replace").decode().split())
-    return text if len(text) <= most else text[: most - 3].rstrip(" ,") + "..."

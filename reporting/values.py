@@ -41,6 +41,18 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def shortened(text: str, most: int, from_end: float = 2 / 3) -> str:
+    """Text in one line of at most so many characters.
+
+    Its middle is left out, since names and paths differ at their ends: of what stays, a share of `from_end` is the end.
+    """
+    text = " ".join(text.encode("utf-8", "replace").decode().split())
+    if len(text) <= most:
+        return text
+    end = int((most - 3) * from_end)
+    return f"{text[: most - 3 - end].rstrip(' ,')}...{text[len(text) - end :]}"
+
+
 def markdown_table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     cells = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in cells)

@@ -27,6 +27,7 @@ from models.sit import SiT, SiTConfig
 from models.vae import LatentScale, decode_images, load_vae, vae_digest
 from reporting.render import write_result
 from reporting.runs import read_runs
+from reporting.values import shortened
 from runtime import cli
 from runtime.seeding import block_generator
 from tests.stores import make_vae, save_checkpoint
@@ -158,7 +159,7 @@ def test_pictures_do_not_overlap_and_have_room_for_text(side):
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 100, (3, side, side, 3), dtype=np.uint8) for _ in range(4)]
     names = ["a", "a very long name of a run, " * 20, "a", "$^\udcff"]
-    texts = [f"step 1\n{side_by_side.shortened(name, 24)}" for name in names]
+    texts = [f"step 1\n{shortened(name, 24)}" for name in names]
     figure = compose(rows, texts, ["x"] * 3, "c")
     picture = pixels(figure)
     taken = np.zeros(picture.shape[:2], int)
@@ -181,8 +182,8 @@ def test_large_images_keep_their_pixels():
 
 
 def test_a_name_is_the_same_width_however_long():
-    assert side_by_side.shortened("n" * 1000, 24) == "n" * 21 + "..."
-    assert side_by_side.shortened("two  words\nand $^\udcff", 24) == "two words and $^?"
+    assert shortened("n" * 1000, 24, from_end=0) == "n" * 21 + "..."
+    assert shortened("two  words\nand $^\udcff", 24) == "two words and $^?"
 
 
 # Curves.

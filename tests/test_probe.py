@@ -20,6 +20,7 @@ from dataset import LatentDataset
 from models.load import load_sit
 from models.sit import SiT, SiTConfig, patchify
 from models.vae import LatentScale, decode_images, encode_moments, load_vae, vae_digest
+from reporting.values import shortened
 from runtime import cli
 from runtime.images import center_crop
 from runtime.seeding import block_generator, numpy_generator
@@ -385,8 +386,8 @@ def test_the_best_blocks_are_named():
 
 
 def test_long_names_lose_their_middle():
-    assert probe_pictures.shortened("image 7, class 3", 20) == "image 7, class 3"
-    cut = probe_pictures.shortened("n01440764_" + "9" * 40 + ".JPEG", 20)
+    assert shortened("image 7, class 3", 20) == "image 7, class 3"
+    cut = shortened("n01440764_" + "9" * 40 + ".JPEG", 20)
     assert (len(cut), cut[:5], cut[-8:]) == (20, "n0144", "999.JPEG")
     assert "..." in cut
 
