@@ -62,16 +62,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from alignment.registry import METHODS, needs_of, parse_align
 from alignment.settings import AlignmentSettings
-from alignment.terms import AlignmentContext, Batch
+from alignment.terms import Batch
 from analysis.timing import WARMUP, random_batch, random_store, seconds_of, time_steps, trainer_step, training_run, wait
-from diffusion.interpolant import Interpolant
 from models.aligned import AlignedSiT
 from models.sit import SiT, SiTConfig
 from reporting.render import environment
 from runtime import provenance
 from runtime.files import to_json, write_atomically
 from training.config import TrainConfig
-from training.setup import make_heads, resolve
+from training.setup import build_methods, make_heads, resolve
 
 PAPER = {  # Table 4, for SiT-XL/2 on H100s: external and head parameters (M), it/s at batch 256, G, ms
     "": (0, 0, 8.1, 114.46, 18.05),
@@ -111,18 +110,8 @@ def count(config: CostConfig, model: str, align: str) -> dict[str, float]:
     with torch.device("meta"):
         # The networks.
         sit = SiT(SiTConfig.from_name(model, side, num_classes=config.num_classes))
-        context = AlignmentContext(
-            settings,
-            sit,
-            ema=SiT(sit.config),
-            interpolant=Interpolant(settings.path_type),
-            device=torch.device("meta"),
-            autocast=nullcontext,
-            steps_per_epoch=IMAGES / BATCH,
-            resolution=8 * side,
-            compile=False,
-        )
-        methods = {name: METHODS[name].build(context) for name in parse_align(align)}
+        machine = SimpleNamespace(device=torch.device("meta"), autocast=nullcontext)
+        methods = build_methods(settings, range(IMAGES), sit, SiT(sit.config), machine)  # of the data, the number alone
         heads = make_heads(settings, methods)
 
         # The forward pass of one image.
@@ -215,15 +204,13 @@ def plan(rows: list[dict[str, Any]], machine: str) -> str:
                 "measured": row["model"] in measured,
                 "speed": speed,
                 "sampled": sampled,
-                "training_hours": STEPS * BATCH / speed / 3600,
-                "sampling_hours": SAMPLES / sampled / 3600,
                 "states": (16 * total + 4 * counts["parameters"]) / 2**30,  # weights, gradients, two moments; the EMA
                 "checkpoint": (12 * total + 4 * counts["parameters"]) / 1e9,
             }
         )
     basis = f"the paper's {paper_rate} it/s at batch {BATCH}, taken to be on {PAPER_GPUS} GPUs"
     basis = f"measured on {machine}" if measured else basis
-    about = {"steps": STEPS, "samples": SAMPLES, "sampling": SAMPLING, "gpus": GPUS}
+    about = {"steps": STEPS, "images": STEPS * BATCH, "samples": SAMPLES, "sampling": SAMPLING, "gpus": GPUS}
     return environment().get_template("plan.md").render(lines=lines, basis=basis, **about)
 
 

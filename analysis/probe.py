@@ -14,46 +14,36 @@ training: a sample of the posterior, noised, and the image's class. t = 0 is dat
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 
 from runtime import cli
 from runtime.cli import REQUIRED, check, flag
+
+_files = partial(flag, group="files")
+_looked_at = partial(flag, group="what to look at")
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
     """What to look at."""
 
-    checkpoint: str = flag(
+    checkpoint: str = _files(
         REQUIRED,
         "checkpoint <run>/checkpoints/<step>, or a run (its newest one), or a file of SiT's, REPA's or SRA's",
-        group="files",
         positional=True,
     )
-    data_dir: str | None = flag(
-        None, "latent store, whose images are measured, and shown unless --images is given", group="files"
+    data_dir: str | None = _files(None, "latent store, whose images are measured, and shown unless --images is given")
+    images: tuple[str, ...] | None = _files(
+        None, "image files or directories of them, to be shown; without --data-dir also measured", metavar="PATH"
     )
-    images: tuple[str, ...] | None = flag(
-        None,
-        "image files or directories of them, any size, to be shown; without --data-dir also measured",
-        group="files",
-        metavar="PATH",
-    )
-    vae: str | None = flag(
-        None, "hub name, local directory or file of the VAE, if not where the checkpoint says", group="files"
-    )
-    output_dir: str | None = flag(None, "directory of the result; by default <run>/features", group="files")
+    vae: str | None = _files(None, "hub name, local directory or file of the VAE, if not where the checkpoint says")
+    output_dir: str | None = _files(None, "directory of the result; by default <run>/features")
 
-    num_images: int = flag(512, "images to measure, evenly picked; all if there are fewer", group="what to look at")
-    num_shown: int | None = flag(
-        None, "images in the picture, evenly picked; 4, or up to 8 of --images, unless set", group="what to look at"
-    )
-    noise_levels: tuple[float, ...] = flag(
-        (0.1, 0.3, 0.5, 0.7, 0.9), "times from 0 (data) to 1 (noise)", group="what to look at", metavar="T"
-    )
-    depths: tuple[int, ...] | None = flag(
-        None, "blocks, counted from 1; all unless set", group="what to look at", metavar="BLOCK"
-    )
-    seed: int = flag(0, "seed of the noise, and of what is held out", group="what to look at")
+    num_images: int = _looked_at(512, "images to measure, evenly picked; all if there are fewer")
+    num_shown: int | None = _looked_at(None, "images shown, evenly picked; 4, or up to 8 of --images, unless set")
+    noise_levels: tuple[float, ...] = _looked_at((0.1, 0.3, 0.5, 0.7, 0.9), "times, 0 is data, 1 is noise", metavar="T")
+    depths: tuple[int, ...] | None = _looked_at(None, "blocks, counted from 1; all unless set", metavar="BLOCK")
+    seed: int = _looked_at(0, "seed of the noise, and of what is held out")
     device: str | None = flag(None, "a GPU if there is one, unless set", choices=("cpu", "cuda"), group="speed")
 
     def __post_init__(self):
@@ -70,10 +60,8 @@ class ProbeConfig:
 if __name__ == "__main__":
     cli.parse_early(ProbeConfig, __doc__)  # answers --help and refuses wrong flags before torch is imported
 
-import functools
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +69,7 @@ import torch
 
 from analysis.probe_metrics import CKNNA_TOKENS, HELD_OUT, NEIGHBOURS, conclude, images_needed, measure, summarize
 from analysis.probe_pictures import heat_figure, make_panels, pca_figure
-from analysis.probe_tokens import ImageFiles, ProbedSiT, encode_images, find_images, pick_evenly, read_pictures
+from analysis.probe_tokens import ProbedSiT, encode_images, find_images, pick_evenly, read_pictures
 from analysis.similarity import RIDGE
 from dataset import LatentDataset, read_meta
 from models.load import load_sit
@@ -114,11 +102,14 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
         )
 
     # The images.
-    open_decoder = functools.cache(lambda: open_vae(config, sit, info, probed.device))
+    open_decoder = cache(lambda: open_vae(config, sit, info, probed.device))
     num_shown = config.num_shown or (8 if config.images else 4)
     files, total = None, len(store) if store else 0
     if config.images:
-        files, total = read_files(config, info, sit, open_decoder(), num_shown if store else None)
+        found = find_images(config.images)
+        kept = pick_evenly(len(found), num_shown if store else max(config.num_shown or 8, config.num_images))
+        chosen, total = [found[index] for index in kept], len(found)
+        files = encode_images(chosen, info["resolution"], open_decoder(), sit.config.num_classes)
     measured = pick_evenly(len(store or files), config.num_images)
     needed = images_needed(sit)
     if store and len(measured) < needed:  # said before the work; image files can be shown, if not measured
@@ -163,7 +154,9 @@ def load_network(config: ProbeConfig) -> tuple[ProbedSiT, dict[str, Any], Latent
     """
     device = choose_device(config.device)
     sit, info = load_sit(config.checkpoint)
-    depths = choose_depths(config.depths, sit.config.depth)
+    total, depths = sit.config.depth, tuple(sorted(config.depths or range(1, sit.config.depth + 1)))
+    distinct = depths[0] >= 1 and depths[-1] <= total and len(set(depths)) == len(depths)
+    check(config, "depths", distinct, f"different blocks from 1 to {total}")
     store = open_store(config, sit, info) if config.data_dir else None
     if store and info["vae_digest"] == UNKNOWN_VAE:
         info = info | {name: store.meta[name] for name in ("vae", "vae_digest", "resolution")}
@@ -176,19 +169,6 @@ def load_network(config: ProbeConfig) -> tuple[ProbedSiT, dict[str, Any], Latent
     levels = tuple(sorted(config.noise_levels))
     probed = ProbedSiT(sit.to(device), scale, info["path_type"], depths, levels, config.seed, device, with_classes)
     return probed, info, store
-
-
-def choose_depths(depths: Sequence[int] | None, total: int) -> tuple[int, ...]:
-    """The blocks to look at, in order.
-
-    Raises:
-        ValueError: one that the network does not have, or one named twice.
-    """
-    if depths is None:
-        return tuple(range(1, total + 1))
-    if not all(1 <= depth <= total for depth in depths) or len(set(depths)) != len(depths):
-        raise ValueError(f"--depths: expected different blocks from 1 to {total}, found {' '.join(map(str, depths))}")
-    return tuple(sorted(depths))
 
 
 def open_store(config: ProbeConfig, sit: SiT, info: dict[str, Any]) -> LatentDataset:
@@ -224,15 +204,6 @@ def open_vae(config: ProbeConfig, sit: SiT, info: dict[str, Any], device: torch.
     vae = load_vae(name, device)
     check_vae(vae, name, info["vae_digest"], "the checkpoint", info["resolution"], (sit.config.in_channels, side, side))
     return vae
-
-
-def read_files(
-    config: ProbeConfig, info: dict[str, Any], sit: SiT, vae: AutoencoderKL, num_shown: int | None
-) -> tuple[ImageFiles, int]:
-    """The files of `--images` that are shown, or also measured if `num_shown` is None; and how many there are."""
-    files = find_images(config.images)
-    kept = pick_evenly(len(files), num_shown or max(config.num_shown or 8, config.num_images))
-    return encode_images([files[index] for index in kept], info["resolution"], vae, sit.config.num_classes), len(files)
 
 
 def make_output_dir(config: ProbeConfig, info: dict[str, Any]) -> Path:

@@ -56,19 +56,13 @@ def measure(probed: ProbedSiT, source: LatentDataset | ImageFiles, indices: np.n
     order = numpy_generator(probed.seed, 0, "features tokens").permutation(count * probed.sit.config.num_tokens)
     drawn = np.sort(order[:CKNNA_TOKENS])
     passes = len(probed.levels) * -(-count // BLOCK)
-    with tqdm(total=passes, desc="measuring", unit="pass", dynamic_ncols=True) as progress:
-        levels = [_measure_level(probed, source, indices, t, held_out, drawn, progress) for t in probed.levels]
+    with tqdm(total=passes, desc="measuring", unit="pass", dynamic_ncols=True) as bar:
+        levels = [_measure_level(probed, source, indices, t, held_out, drawn, bar) for t in probed.levels]
     return dict(zip(METRICS, np.stack(levels, axis=2), strict=True))
 
 
 def _measure_level(
-    probed: ProbedSiT,
-    source: Any,
-    indices: np.ndarray,
-    t: float,
-    held_out: np.ndarray,
-    drawn: np.ndarray,
-    progress: Any,
+    probed: ProbedSiT, source: Any, indices: np.ndarray, t: float, held_out: np.ndarray, drawn: np.ndarray, bar: tqdm
 ) -> np.ndarray:  # -> (3, 1 + B)
     """The metrics at one noise level, the input first, then each block."""
     config, device = probed.sit.config, probed.device
@@ -88,7 +82,7 @@ def _measure_level(
             fitted[depth].update(x[~held].flatten(0, 1), features[~held].flatten(0, 1))
             tested[depth].update(x[held].flatten(0, 1), features[held].flatten(0, 1))
             kept[depth].append(x.flatten(0, 1)[chosen])
-        progress.update()
+        bar.update()
     if not tested[INPUT].yy.trace() > 0:
         raise ValueError(
             f"expected VAE features that vary, found the same in all of the {int(held_out.sum())} images that are "

@@ -11,33 +11,27 @@ same command writes it anew, but for a card that was changed by hand, which is k
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from runtime import cli
 from runtime.cli import REQUIRED, check, flag
+
+_what = partial(flag, group="what")
+_where = partial(flag, group="where")
 
 
 @dataclass(frozen=True)
 class PublishConfig:
     """What to publish, and where."""
 
-    run: str = flag(
-        REQUIRED,
-        "directory of a run (its newest checkpoint), or <run>/checkpoints/<step>",
-        group="what",
-        positional=True,
+    run: str = _what(REQUIRED, "a run (its newest checkpoint), or <run>/checkpoints/<step>", positional=True)
+    samples: tuple[str, ...] = _what(
+        (), "directories or metrics.json of samples of this checkpoint, beside those in <run>/samples", metavar="PATH"
     )
-    samples: tuple[str, ...] = flag(
-        (),
-        "directories that sample_ddp.py made of this checkpoint, or metrics.json files, beside those in <run>/samples",
-        group="what",
-        metavar="PATH",
-    )
-    include_vae: bool = flag(False, "put the VAE into the directory as well", group="what")
-    vae: str | None = flag(
-        None, "hub name, local directory or file of the VAE, if not where the checkpoint says", group="what"
-    )
-    output_dir: str | None = flag(None, "directory to make; by default <run>/published/<run>-<step>", group="where")
-    push_to: str | None = flag(None, "also upload it to the hub as NAME/REPO", group="where", metavar="NAME/REPO")
+    include_vae: bool = _what(False, "put the VAE into the directory as well")
+    vae: str | None = _what(None, "hub name, local directory or file of the VAE, if not where the checkpoint says")
+    output_dir: str | None = _where(None, "directory to make; by default <run>/published/<run>-<step>")
+    push_to: str | None = _where(None, "also upload it to the hub as NAME/REPO", metavar="NAME/REPO")
 
     def __post_init__(self):
         check(self, "push_to", self.push_to is None or self.push_to.count("/") == 1, "NAME/REPO")
@@ -49,7 +43,6 @@ if __name__ == "__main__":
     cli.parse_early(PublishConfig, __doc__)  # answers --help and refuses wrong flags before torch is imported
 
 import dataclasses
-import functools
 import json
 import os
 import shutil
@@ -181,7 +174,7 @@ def write_card(records: Records, name: str, include_vae: bool) -> str:
         include_vae: whether the directory holds the VAE.
     """
     info, config, jinja = records.info, records.config, environment()
-    quoted = functools.partial(json.dumps, ensure_ascii=False)
+    quoted = partial(json.dumps, ensure_ascii=False)
     jinja.filters |= {"value": as_text, "short": short, "count": count, "quoted": quoted}
     return jinja.get_template("model_card.md").render(
         **vars(records),

@@ -12,23 +12,22 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from reporting.report import write_report
 from runtime import cli
 from runtime.cli import REQUIRED, flag
 
+_what = partial(flag, group="what to report on")
+
 
 @dataclass(frozen=True)
 class ReportConfig:
     """What to report on, and where."""
 
-    runs: tuple[str, ...] = flag(
-        REQUIRED, "directories of runs", group="what to report on", metavar="RUN", positional=True
-    )
-    samples: tuple[str, ...] = flag(
-        (), "more samples: their directories, or their metrics.json", group="what to report on", metavar="PATH"
-    )
+    runs: tuple[str, ...] = _what(REQUIRED, "directories of runs", metavar="RUN", positional=True)
+    samples: tuple[str, ...] = _what((), "more samples: their directories, or their metrics.json", metavar="PATH")
     output: str | None = flag(
         None, "the page; by default <run>/report.html, for several runs report.html", group="result", metavar="HTML"
     )

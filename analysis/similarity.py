@@ -72,34 +72,24 @@ class Moments:
 
     def update(self, x: Tensor, y: Tensor) -> None:  # (M, D), (M, d)
         """Add tokens, of any floating type."""
-        if len(x) == 0:
-            return
-        x, y = x.double(), y.double()
-        mean_x, mean_y = x.mean(dim=0), y.mean(dim=0)
-        x, y = x - mean_x, y - mean_y
-        self.xx.addmm_(x.T, x)
-        self.xy.addmm_(x.T, y)
-        self.yy.addmm_(y.T, y)
-        self._join_means(len(x), mean_x, mean_y)
+        if len(x):
+            x, y = x.double(), y.double()
+            mean_x, mean_y = x.mean(dim=0), y.mean(dim=0)
+            x, y = x - mean_x, y - mean_y
+            self.join(Moments(len(x), mean_x, mean_y, x.T @ x, x.T @ y, y.T @ y))
 
     def join(self, other: Moments) -> None:
         """Add all of another's tokens."""
-        if other.count == 0:
+        total = self.count + other.count
+        if total == 0:
             return
-        self.xx += other.xx
-        self.xy += other.xy
-        self.yy += other.yy
-        self._join_means(other.count, other.mean_x, other.mean_y)
-
-    def _join_means(self, count: int, mean_x: Tensor, mean_y: Tensor) -> None:
-        total = self.count + count
-        step_x, step_y = mean_x - self.mean_x, mean_y - self.mean_y
-        weight = self.count * count / total
-        self.xx.addr_(step_x, step_x, alpha=weight)
-        self.xy.addr_(step_x, step_y, alpha=weight)
-        self.yy.addr_(step_y, step_y, alpha=weight)
-        self.mean_x = self.mean_x + step_x * (count / total)
-        self.mean_y = self.mean_y + step_y * (count / total)
+        step_x, step_y = other.mean_x - self.mean_x, other.mean_y - self.mean_y
+        weight = self.count * other.count / total
+        self.xx += other.xx.addr(step_x, step_x, alpha=weight)
+        self.xy += other.xy.addr(step_x, step_y, alpha=weight)
+        self.yy += other.yy.addr(step_y, step_y, alpha=weight)
+        self.mean_x = self.mean_x + step_x * (other.count / total)
+        self.mean_y = self.mean_y + step_y * (other.count / total)
         self.count = total
 
 
