@@ -24,9 +24,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from analysis.curves import compare_curves, draw_curves, speed_up_table
-from analysis.side_by_side import choose_steps, draw_all, listed
+from analysis.side_by_side import choose_steps, draw_all
 from reporting.render import write_result
 from reporting.runs import Run, read_json, read_runs
+from reporting.values import listed
 from runtime import provenance
 from runtime.files import to_json
 

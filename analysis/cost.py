@@ -198,16 +198,10 @@ def plan(rows: list[dict[str, Any]], machine: str) -> str:
         passes = SAMPLING[0] * (1 + SAMPLING[1])
         sampled = 3 * speed * counts["macs"] / (passes * counts["sit_macs"])
         total = counts["parameters"] + counts["head_parameters"]
-        lines.append(
-            {
-                "model": row["model"],
-                "measured": row["model"] in measured,
-                "speed": speed,
-                "sampled": sampled,
-                "states": (16 * total + 4 * counts["parameters"]) / 2**30,  # weights, gradients, two moments; the EMA
-                "checkpoint": (12 * total + 4 * counts["parameters"]) / 1e9,
-            }
-        )
+        line = {"model": row["model"], "measured": row["model"] in measured, "speed": speed, "sampled": sampled}
+        line["states"] = (16 * total + 4 * counts["parameters"]) / 2**30  # weights, gradients, two moments; the EMA
+        line["checkpoint"] = (12 * total + 4 * counts["parameters"]) / 1e9
+        lines.append(line)
     basis = f"the paper's {paper_rate} it/s at batch {BATCH}, taken to be on {PAPER_GPUS} GPUs"
     basis = f"measured on {machine}" if measured else basis
     about = {"steps": STEPS, "images": STEPS * BATCH, "samples": SAMPLES, "sampling": SAMPLING, "gpus": GPUS}

@@ -162,9 +162,7 @@ def load_network(config: ProbeConfig) -> tuple[ProbedSiT, dict[str, Any], Latent
         info = info | {name: store.meta[name] for name in ("vae", "vae_digest", "resolution")}
     scale = info["scale"] or (store.scale if store else None)
     if scale is None:
-        raise ValueError(
-            f"expected to know the scale of the latents, found none in {info['source']}; give a --data-dir"
-        )
+        raise ValueError(f"expected to know the scale of the latents, {info['source']} has none; give a --data-dir")
     with_classes = store is None or store.num_classes == sit.config.num_classes
     levels = tuple(sorted(config.noise_levels))
     probed = ProbedSiT(sit.to(device), scale, info["path_type"], depths, levels, config.seed, device, with_classes)

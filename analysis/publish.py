@@ -76,11 +76,12 @@ class Records:
 
     sit: SiT
     info: dict[str, Any]  # state.json of the checkpoint, and what `load_sit` adds
+    run_dir: Path | None  # None if the checkpoint lies alone
     config: dict[str, Any]  # settings of the run; empty if they were not recorded
     log: dict[str, float] | None  # the row at the checkpoint's step, or the last one before
     picture: dict[str, Any] | None  # how it was drawn
     picture_file: Path | None
-    measured: list[dict[str, Any]]  # sets of samples of these weights
+    measured: list[dict[str, Any]]  # fields of the `Samples` of these weights, and "record": their metrics.json
 
 
 def read_records(config: PublishConfig) -> Records:
@@ -111,8 +112,9 @@ def read_records(config: PublishConfig) -> Records:
     newest = max(
         pictures, key=lambda one: (one[0]["step"] == info["step"], one[1].stat().st_mtime), default=(None, None)
     )
-    measured = [_measured(found) for found in samples if found.metrics and found.settings["step"] == info["step"]]
-    return Records(sit, info, trained, rows[-1] if rows else None, *newest, measured)
+    own = [found for found in samples if found.metrics and found.settings["step"] == info["step"]]
+    measured = [vars(found) | {"record": read_json(_metrics_file(found))} for found in own]
+    return Records(sit, info, run_dir, trained, rows[-1] if rows else None, *newest, measured)
 
 
 def find_samples(run_dir: Path | None, info: dict[str, Any], given: list[Path]) -> list[Samples]:
@@ -196,33 +198,15 @@ def _method(name: str, config: dict[str, Any]) -> dict[str, Any]:
     return {"label": METHODS[name].label if name in METHODS else name, "settings": settings}
 
 
-def _measured(samples: Samples) -> dict[str, Any]:
-    """A set of samples of these weights, and its metrics."""
-    record = read_json(_metrics_file(samples))
-    return {
-        "drawn": samples.settings,
-        "count": (record.get("samples") or {}).get("count"),
-        "reference": record.get("reference"),
-        "features": list(record.get("features") or ()),
-        "metrics": samples.metrics,
-        "warnings": samples.warnings,
-    }
-
-
-def choose_directory(config: PublishConfig, info: dict[str, Any]) -> Path:
+def choose_directory(config: PublishConfig, records: Records) -> Path:
     """Where to write; refused before anything is written.
 
     Raises:
         ValueError: there is something else, or another model with a card that was changed by hand.
     """
-    source = Path(info["source"]).absolute()
-    if config.output_dir:
-        directory = Path(config.output_dir)
-    elif source.parent.name == "checkpoints":
-        run_dir = source.parent.parent
-        directory = run_dir / "published" / f"{run_dir.name}-{source.name}"
-    else:
-        directory = source.with_name(f"{source.name}-published")
+    info, run_dir, source = records.info, records.run_dir, Path(records.info["source"]).absolute()
+    inside = run_dir / "published" / f"{run_dir.name}-{source.name}" if run_dir else None
+    directory = Path(config.output_dir or inside or source.with_name(f"{source.name}-published"))
     old = _beside(directory, "old")
     if old.is_dir():  # a process was killed while it put the new directory in the old one's place, or just after
         shutil.rmtree(old) if directory.is_dir() else os.replace(old, directory)
@@ -263,7 +247,7 @@ def publish(config: PublishConfig) -> Path:
     """
     records = read_records(config)
     info = records.info
-    directory = choose_directory(config, info)
+    directory = choose_directory(config, records)
     kept = changed_card(directory) if directory.is_dir() else None
     card = write_card(records, config.push_to or directory.absolute().name, config.include_vae)
     partial, old = _beside(directory, "partial"), _beside(directory, "old")
@@ -287,7 +271,7 @@ def publish(config: PublishConfig) -> Path:
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise ValueError(
-            f"cannot write {directory} ({error.strerror or error}); make room, or choose another"
+            f"cannot write {directory} ({error.strerror or error}); make room or choose another"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

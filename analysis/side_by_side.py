@@ -20,7 +20,7 @@ from models.load import load_sit
 from models.sit import SiT
 from models.vae import check_vae, load_vae
 from reporting.runs import Run
-from reporting.values import evenly, shortened
+from reporting.values import evenly, listed, shortened
 from runtime.distributed import allow_tf32, choose_device
 from sampling.config import BLOCK
 from sampling.generator import block_noise, decode_latents, sample_latents
@@ -47,10 +47,6 @@ def choose_steps(runs: list[Run], wanted: Sequence[int] | None) -> list[int]:
     if not shared:
         raise ValueError(f"expected a step that all runs have a checkpoint of, found none ({have}); give --no-images")
     return sorted(set(wanted)) if wanted else evenly(shared, MAX_STEPS)
-
-
-def listed(items: Sequence) -> str:
-    return ", ".join(map(str, items[:12])) + (f", ... ({len(items)} in all)" if len(items) > 12 else "") or "none"
 
 
 def choose_classes(wanted: Sequence[int] | None, num_classes: int) -> list[int]:

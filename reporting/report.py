@@ -17,7 +17,7 @@ from reporting.metrics import describe, metrics_section, pictures_section
 from reporting.pictures import encode_pictures
 from reporting.render import TEMPLATES, render, write_result
 from reporting.runs import Run, Samples, hours, read_runs
-from reporting.values import count, evenly, finite, format_number
+from reporting.values import count, evenly, finite, format_number, listed
 from runtime import provenance
 
 MAX_RUNS = 32
@@ -238,7 +238,7 @@ def format_setting(value: Any) -> str:
 
 def provenance_facts(run: Run) -> dict[str, Any]:
     """Versions, revision, machine, dates, digests."""
-    state, record, classes = run.state, run.state | run.record, run.state.get("class_names") or []
+    state, record, classes = run.state, run.state | run.record, run.state.get("class_names")
     facts = {"directory": run.directory.resolve(), "last started": record.get("date")}
     facts |= {name.replace("_", " "): record.get(name) for name in "machine processes git_revision data_digest".split()}
     initial, scale = run.record.get("initial") or state.get("initial"), state.get("scale")
@@ -247,8 +247,6 @@ def provenance_facts(run: Run) -> dict[str, Any]:
     facts |= {"VAE": state.get("vae"), "VAE digest": state.get("vae_digest")}
     if isinstance(scale, dict):
         facts["latent scale"] = f"{scale.get('scale')}, shift {scale.get('shift')}"
-    if classes:
-        more = f", ... ({len(classes):,} in all)" if len(classes) > 8 else ""
-        facts["classes"] = ", ".join(map(str, classes[:8])) + more
+    facts["classes"] = listed(classes, 8) if classes else None
     facts |= {f"version of {name}": value for name, value in (record.get("versions") or {}).items()}
     return {name: value for name, value in facts.items() if value is not None}

@@ -187,9 +187,7 @@ def read_run(directory: str | Path, name: str) -> Run:
     try:
         rows = [row for row in read_log(directory) if isinstance(row, dict) and finite(row.get("step")) is not None]
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"expected lines of JSON in {directory / 'log.jsonl'}, found bytes that are no text"
-        ) from error
+        raise ValueError(f"expected JSON in {directory / 'log.jsonl'}, found bytes that are no text") from error
     states = directory.glob("checkpoints/*/state.json")
     steps = {int(path.parent.name): path for path in states if path.parent.name.isdigit()}
     return Run(

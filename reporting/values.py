@@ -41,6 +41,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def listed(items: Sequence, most: int = 12) -> str:
+    rest = f", ... ({len(items):,} in all)" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + rest or "none"
+
+
 def shortened(text: str, most: int, from_end: float = 2 / 3) -> str:
     """Text in one line of at most so many characters.
 
