@@ -8,8 +8,8 @@ PYTEST := $(BIN)/python -m pytest
 demo: .venv/installed
 	$(BIN)/python -m demo.run
 
-test: .venv/installed-dev lint
-	$(PYTEST)
+test: .venv/installed-dev lint ## lint and every test, file by file on two cores
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 
 check: .venv/installed-dev lint ## lint and the fast tests, file by file on two cores
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n 2 --dist loadfile

@@ -62,9 +62,7 @@ class Alignment:
 
     def __post_init__(self):
         if self.objective not in ALIGN_OBJECTIVES:
-            raise ValueError(
-                f"expected an alignment objective among {', '.join(ALIGN_OBJECTIVES)}, found {self.objective!r}"
-            )
+            raise ValueError(f"expected an objective of {', '.join(ALIGN_OBJECTIVES)}, found {self.objective!r}")
         if not self.beta > 0:
             raise ValueError(f"expected smooth L1's beta above 0, found {self.beta}; set --align-beta")
         low, high = self.time_range

@@ -61,9 +61,7 @@ def step_noise(config: TrainConfig, step: int, sit: SiTConfig, device: torch.dev
     return draws | {"dropout": draws["dropout"] < config.label_dropout}
 
 
-_STREAMS = {
-    "t_offset": "lag"
-}  # streams keep the names that they were first drawn by: runs resume with the same numbers
+_STREAMS = {"t_offset": "lag"}  # a stream keeps the name that it was first drawn by: runs resume with the same numbers
 
 
 @torch.no_grad()

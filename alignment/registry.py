@@ -19,9 +19,7 @@ def parse_align(align: str) -> list[str]:
         return []
     names = align.split("+")
     if len(set(names)) != len(names) or not set(names) <= set(METHODS):
-        raise ValueError(
-            f"--align: expected none, or some of {', '.join(METHODS)} joined by + (such as repa+vae), found {align!r}"
-        )
+        raise ValueError(f"--align: expected none or some of {', '.join(METHODS)}, as in repa+vae, found {align!r}")
     return [name for name in METHODS if name in names]
 
 

@@ -68,12 +68,8 @@ class REPASettings:
         "clip-vit-b, -l, siglip-vit-b, -l, or a vision transformer's name in timm",
         aliases=("--enc-type",),
     )
-    repa_weights: str | None = _alignment_repa(
-        None, "local file with its weights, in place of the hub; random: none, to measure speed"
-    )
-    repa_depth: tuple[int, ...] | None = _alignment_repa(
-        None, "blocks that are aligned; by default Ti 2, S 4, B 4, L 8, XL 8"
-    )
+    repa_weights: str | None = _alignment_repa(None, "local file of its weights, not the hub; random: to measure speed")
+    repa_depth: tuple[int, ...] | None = _alignment_repa(None, "aligned blocks; by default Ti 2, S 4, B 4, L 8, XL 8")
     repa_weight: float = _alignment_repa(0.5, "weight of its term")
     repa_schedule: str = _alignment_repa("constant", _SCHEDULE)
     repa_objective: str = _alignment_repa("cosine", "objective of its term", choices=OBJECTIVES)
@@ -86,7 +82,7 @@ class SRASettings:
     """SRA (Jiang et al., 2025)."""
 
     sra_depth: tuple[int, ...] | None = _alignment_sra(
-        None, "blocks that are aligned; by default Ti 2, S 4, B 4, L 8, XL 8", aliases=("--block-out-s",)
+        None, "aligned blocks; by default Ti 2, S 4, B 4, L 8, XL 8", aliases=("--block-out-s",)
     )
     sra_teacher_depth: int | None = _alignment_sra(
         None,

@@ -105,9 +105,7 @@ def check_depths(context: AlignmentContext, depths: tuple[int, ...], flag: str) 
     """
     blocks = context.sit.config.depth
     if len(set(depths)) != len(depths) or not all(1 <= depth <= blocks for depth in depths):
-        raise ValueError(
-            f"{flag}: expected different blocks in 1..{blocks}, those of the model, found {' '.join(map(str, depths))}"
-        )
+        raise ValueError(f"{flag}: expected different blocks in 1..{blocks}, found {' '.join(map(str, depths))}")
     return depths
 
 

@@ -17,9 +17,7 @@ _images = partial(flag, group="images")
 class CompareConfig:
     """What to compare, and how images are drawn."""
 
-    runs: tuple[str, ...] = _compared(
-        REQUIRED, "directories of runs, the baseline first", metavar="RUN", positional=True
-    )
+    runs: tuple[str, ...] = _compared(REQUIRED, "run directories, the baseline first", metavar="RUN", positional=True)
     samples: tuple[str, ...] = _compared((), "more samples: their directories, or their metrics.json", metavar="PATH")
     metric: str | None = _compared(None, "of the curves; by default fid or another Frechet distance")
     output_dir: str = _compared("exps/compare", "directory of the results")
@@ -32,9 +30,7 @@ class CompareConfig:
     num_steps: int = _images(50, "steps of the solver; 250 with sde for the paper's")
     guidance_scale: float = _images(4.0, "v_null + scale (v_class - v_null): 1 is no guidance")
     vae: str | None = _images(None, "hub name or path of the VAE, if not where the checkpoints say")
-    mixed_precision: str | None = _images(
-        None, "of the network; bf16 on a GPU, no (float32) on a CPU unless set", choices=("no", "bf16")
-    )
+    mixed_precision: str | None = _images(None, "of the network; bf16 on a GPU, no on a CPU", choices=("no", "bf16"))
     device: str | None = _images(None, "a GPU if there is one, unless set", choices=("cpu", "cuda"))
 
     def __post_init__(self):

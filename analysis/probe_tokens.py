@@ -76,9 +76,7 @@ def read_crop(path: Path, size: int) -> np.ndarray:  # -> (R, R, 3) uint8
     try:
         image = decode_image(path.read_bytes())
     except OSError as error:
-        raise ValueError(
-            f"--images: expected an image, found {path}, which cannot be read ({error}); leave it out"
-        ) from error
+        raise ValueError(f"--images: expected an image, found {path}, which cannot be read ({error})") from error
     if max(image.size) > LONGEST_SIDE * min(image.size):
         raise ValueError(
             f"--images: expected an image at most {LONGEST_SIDE} times as long as it is wide, found {path} of "

@@ -270,9 +270,7 @@ def publish(config: PublishConfig) -> Path:
         os.replace(partial, directory)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise ValueError(
-            f"cannot write {directory} ({error.strerror or error}); make room or choose another"
-        ) from error
+        raise ValueError(f"cannot write {directory} ({error.strerror or error}); make room, or change it") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if kept:

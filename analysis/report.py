@@ -28,9 +28,7 @@ class ReportConfig:
 
     runs: tuple[str, ...] = _what(REQUIRED, "directories of runs", metavar="RUN", positional=True)
     samples: tuple[str, ...] = _what((), "more samples: their directories, or their metrics.json", metavar="PATH")
-    output: str | None = flag(
-        None, "the page; by default <run>/report.html, for several runs report.html", group="result", metavar="HTML"
-    )
+    output: str | None = flag(None, "the page; by default <run>/report.html", group="result", metavar="HTML")
 
 
 def main(argv: list[str] | None = None) -> None:

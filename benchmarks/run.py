@@ -6,6 +6,7 @@ python -m benchmarks.run loader crop    # some
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -32,9 +33,8 @@ def startup() -> None:
     """Seconds of `--help`, warm: the first call fills the page cache and is not counted."""
     for name, program in ENTRY_POINTS.items():
         command = [sys.executable, *program.split(), "--help"]
-        (seconds,) = in_turn(
-            lambda command=command: subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL), times=3
-        )
+        call = functools.partial(subprocess.run, command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        (seconds,) = in_turn(call, times=3)
         record(f"startup/{name}_help", seconds, "s", bar="< 3 s")
 
 

@@ -99,9 +99,7 @@ def sample_sde(
     """
     _check_steps(num_steps)
     if not 0 < last_step_size < 1:
-        raise ValueError(
-            f"expected a last step of the SDE with a size in (0, 1) (--last-step-size), found {last_step_size}"
-        )
+        raise ValueError(f"expected a last step of the SDE in (0, 1) (--last-step-size), found {last_step_size}")
     x = x.double()
 
     def drift(x: Tensor, t: float) -> Tensor:  # (N, ...) -> (N, ...)

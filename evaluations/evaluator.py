@@ -278,9 +278,7 @@ def warnings_about(count: int, labels: np.ndarray | None, reference_count: int |
     """
     warnings = []
     if count < FULL_COUNT:
-        warnings.append(
-            f"{count:,} samples: published values are of {FULL_COUNT:,}; a Frechet distance of fewer is higher"
-        )
+        warnings.append(f"{count:,} samples: published values are of {FULL_COUNT:,}; fewer give a higher distance")
     if labels is not None and len(labels) > 1 and labels[0] != labels[-1] and (labels[:-1] <= labels[1:]).all():
         text = "samples are sorted by class"
         if has_score:

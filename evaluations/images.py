@@ -71,13 +71,9 @@ class NpzImages:
             self.shape, fortran_order, self.dtype = self._header(stream)
         allowed = self.dtype == np.uint8 or self.dtype.kind == "f"
         if len(self.shape) != 4 or self.shape[3] != 3 or not allowed or 0 in self.shape:
-            raise ValueError(
-                f"expected arr_0 (N, H, W, 3) uint8 or floating in 0..255, found {self.shape} {self.dtype} in {path}"
-            )
+            raise ValueError(f"expected arr_0 (N, H, W, 3) uint8 or float, found {self.shape} {self.dtype} in {path}")
         if fortran_order:
-            raise ValueError(
-                f"expected arr_0 in C order, found Fortran order in {path}; fix: save np.ascontiguousarray(arr_0)"
-            )
+            raise ValueError(f"expected arr_0 in C order, found Fortran's in {path}; fix: np.ascontiguousarray(arr_0)")
         self.count, self.size = self.shape[0], self.shape[1:3]
         if "arr_1" in members:
             labels = self.array("arr_1")
@@ -142,9 +138,7 @@ class NpzImages:
             raise ValueError(f"expected finite images, found NaN or infinity {where}")
         if high <= 1.0:
             scale = "-1..1" if low < 0 else "0..1"
-            raise ValueError(
-                f"expected images in 0..255, found floats in {scale} {where}; fix: scale them to 0..255, as uint8"
-            )
+            raise ValueError(f"expected images in 0..255, found floats in {scale} {where}; fix: make them uint8")
         if low < 0 or high > 255:
             raise ValueError(f"expected images in 0..255, found {low:g}..{high:g} {where}")
 

@@ -245,7 +245,7 @@ def kid(
     size = min(subset_size, len(reference), len(samples))
     if reference.ndim != 2 or samples.ndim != 2 or reference.shape[1] != samples.shape[1] or size < 2:
         raise ValueError(
-            f"expected two sets of at least 2 points of one width, found {reference.shape}, {samples.shape}"
+            f"expected two sets of 2 or more points of one width, found {reference.shape}, {samples.shape}"
         )
     random = np.random.RandomState(seed)
     values = []

@@ -132,13 +132,11 @@ def load_inception(path: str | None = None, device: Device = "cpu", sha256: str 
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"expected Inception weights at {path}, found {error.strerror}; fix: --inception-weights PATH"
+            f"expected Inception weights at {path}: {error.strerror}; fix: --inception-weights PATH"
         ) from error
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        raise ValueError(
-            f"expected Inception weights with SHA-256 {sha256}, found {found} in {path}; fix: download {INCEPTION_URL}"
-        )
+        raise ValueError(f"expected SHA-256 {sha256}, found {found} in {path}; fix: download {INCEPTION_URL}")
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     return inception_from_state("inception", state, digest=found, device=device)
 

@@ -298,9 +298,7 @@ class SiT(nn.Module, PyTorchModelHubMixin, **HUB):
         try:
             load_exactly(sit, read_tensor_file(Path(file)), "this SiT")
         except ValueError as error:
-            raise ValueError(
-                f"expected the weights of this SiT in {file}, found other ones or none ({error})"
-            ) from error
+            raise ValueError(f"expected weights of this SiT in {file}, found other ones or none ({error})") from error
         return sit.to(map_location).eval()
 
     def _embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # -> (N, T, D), (N, D)

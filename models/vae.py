@@ -103,9 +103,7 @@ def load_vae(name_or_path: str, device: str | torch.device = "cpu") -> Autoencod
         except ValueError as error:
             raise ValueError(f"--vae {name_or_path}: {error}") from error
         return vae.to(device).eval().requires_grad_(False)
-    expected = (
-        f"--vae: expected a directory or file with an AutoencoderKL, or its name on the hub, found {name_or_path!r}"
-    )
+    expected = f"--vae: expected a directory, file or hub name of an AutoencoderKL, found {name_or_path!r}"
     if not path.exists() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
         raise ValueError(f"{expected}, a path where there is nothing; give an existing local directory or file")
     offline = not path.exists() and not hub_is_reachable()

@@ -23,9 +23,7 @@ from runtime.cli import REQUIRED, flag
 class DumpConfig:
     """Settings of a store."""
 
-    source: str = flag(
-        REQUIRED, "class folders, a zip of them, or parquet (folder, file or 'pattern*')", group="images"
-    )
+    source: str = flag(REQUIRED, "class folders, a zip of them, or parquet (folder, file, 'pattern*')", group="images")
     output_dir: str = flag(REQUIRED, "folder of the store", group="store")
     resolution: int = flag(256, "side of the square crop, in pixels", group="images")
     limit: int | None = flag(None, "take this many images, evenly spaced over the source", group="images")

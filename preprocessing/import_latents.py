@@ -32,7 +32,7 @@ class ImportConfig:
     keep_images: bool = flag(False, "also keep the crops, for external encoders (repa)", group="store")
     dtype: str = flag("float32", "dtype of the store", choices=("float32", "float16"), group="store")
     class_names: str | None = flag(None, "text file with the name of each class, one a line", group="store")
-    vae: str | None = flag(None, "their VAE: hub name, local folder or file; by default the project's", group="vae")
+    vae: str | None = flag(None, "their VAE: hub name, local directory or file; by default the project's", group="vae")
     resolution: int | None = flag(None, "side of the images in pixels; by default the VAE's factor times", group="vae")
     scale: str = flag(
         "recorded",
@@ -40,9 +40,7 @@ class ImportConfig:
         choices=("recorded", "auto"),
         group="vae",
     )
-    stats: str | None = flag(
-        None, "lightningdit: file of each channel's mean and std, not latents_stats.pt", group="vae"
-    )
+    stats: str | None = flag(None, "lightningdit: file of means and stds, not latents_stats.pt", group="vae")
     latent_multiplier: float = flag(1.0, "lightningdit: factor of the latents after that", group="vae")
 
     def __post_init__(self):

@@ -52,9 +52,7 @@ def _by_class(names: list[str], location: Path) -> tuple[list[int], list[str]]:
     loose = [name for name in names if "/" not in name]
     if loose:
         fix = "put each class into a folder of its own (one folder will do for images without classes)"
-        raise ValueError(
-            f"--source: expected class folders in {location}, found no class folder around {loose[0]}; {fix}"
-        )
+        raise ValueError(f"--source: expected class folders in {location}, found none around {loose[0]}; {fix}")
     class_names = sorted({name.split("/", 1)[0] for name in names})
     ids = {class_name: label for label, class_name in enumerate(class_names)}
     return [ids[name.split("/", 1)[0]] for name in names], class_names

@@ -84,9 +84,7 @@ class LatentStoreWriter:
         if saved is not None:
             return
         if self.directory.is_dir() and any(path.name != "partial" for path in self.directory.iterdir()):
-            raise ValueError(
-                f"expected a new directory, or a store that this command began, found other files in {directory}"
-            )
+            raise ValueError(f"expected a new directory or a store of this command, found other files in {directory}")
         self.records.mkdir(parents=True, exist_ok=True)
         write_atomically(self.records / "settings.json", json.dumps(settings, indent=2))
 

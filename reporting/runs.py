@@ -232,9 +232,7 @@ def read_samples(path: str | Path, run: str = "") -> Samples:
     record = record or sampling
     if not isinstance(record.get("settings"), dict):
         found = f"{'neither in' if path.exists() else 'nothing at'} {path}"
-        raise ValueError(
-            f"expected a set of samples (samples.json, or a metrics.json that tells its settings), found {found}"
-        )
+        raise ValueError(f"expected a set of samples (samples.json, or metrics.json with settings), found {found}")
     settings, checkpoint = record["settings"], Path(record.get("checkpoint") or "")
     metrics, reference = measured.get("metrics") or {}, measured.get("reference") or {}
     if not (_is_whole(settings) and isinstance(metrics, dict) and isinstance(reference, dict)):

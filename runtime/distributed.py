@@ -61,9 +61,7 @@ def barrier() -> None:
     try:
         dist.barrier()
     except RuntimeError as error:  # gloo: the connection was closed
-        raise ValueError(
-            "another process failed (see its message); the same command resumes with what is done"
-        ) from error
+        raise ValueError("another process failed (see its message); the same command resumes") from error
 
 
 def copy_to_host_async(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:

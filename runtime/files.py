@@ -70,9 +70,7 @@ def full_disk_is_an_error(directory: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise ValueError(
-            f"{directory}: the disk is full; what was written is kept: make room and run the same command again"
-        ) from error
+        raise ValueError(f"{directory}: the disk is full; make room and run the same command again") from error
 
 
 def to_json(content: Any) -> str:

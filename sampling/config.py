@@ -55,22 +55,14 @@ class SampleConfig:
         0.04, "sde: size of the last step, without noise, to t = 0", aliases=("--last-t",), record=_LAST_STEP_SIZE
     )
     guidance_scale: tuple[float, ...] = _solver(
-        (1.0,), "v_null + scale (v_class - v_null): 1 is no guidance; several: a set each, from the same noise"
+        (1.0,), "v_null + scale (v_class - v_null): 1 is none; several: a set each"
     )
-    guidance_low: tuple[float, ...] = _solver(
-        (0.0,), "guide from this time on; t = 0 is data; several: with --guidance-high, an interval each"
-    )
-    guidance_high: tuple[float, ...] = _solver(
-        (1.0,), "guide up to this time; t = 1 is noise; several: an interval each"
-    )
+    guidance_low: tuple[float, ...] = _solver((0.0,), "guide from this time on (t = 0: data); several: intervals")
+    guidance_high: tuple[float, ...] = _solver((1.0,), "guide up to this time (t = 1: noise); several: intervals")
 
     per_proc_batch_size: str = _speed("64", f"images per batch of a process: a multiple of {BLOCK}, or auto: {_AUTO}")
-    mixed_precision: str | None = _precision(
-        "precision of the network; bf16 on a GPU and no (float32) on a CPU unless set"
-    )
-    vae_precision: str | None = _precision(
-        "precision of the decoder; bf16 on a GPU and no (float32) on a CPU unless set"
-    )
+    mixed_precision: str | None = _precision("precision of the network; by default bf16 on a GPU, no on a CPU")
+    vae_precision: str | None = _precision("precision of the decoder; by default bf16 on a GPU, no on a CPU")
     compile: bool | None = _speed(None, "torch.compile each block; on a GPU unless set", record=Field(False))
     tf32: bool = _speed(False, "TF32 for float32 products on the GPU")
     timeout: int = _speed(43_200, "seconds after which a process that waits for another gives up")

@@ -57,9 +57,7 @@ class SampleWriter:
             path = self.partial / name
             found = path.stat().st_size if path.is_file() else "no file"
             if found != size:
-                raise ValueError(
-                    f"expected {size} bytes in {path}, found {found}; delete {self.partial} and start again"
-                )
+                raise ValueError(f"expected {size} bytes in {path}, found {found}; delete {self.partial}")
         self._images = os.open(self.partial / "images.raw", os.O_RDWR)
         self._done = os.open(self.partial / "done", os.O_RDWR)
         self._encoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1)) if self.png else None

@@ -41,22 +41,14 @@ def make_records(
         initial: `source`, `read_as` and `digest` of the weights that the run began with; None if they were random.
         processes: how many train now.
     """
-    settings = {
-        "config": dataclasses.asdict(config),
-        "data_digest": sha256(store.path / "meta.json"),
-        "initial": initial,
-    }
-    settings |= {"processes": processes, **provenance.stamp()}
+    settings = {"config": dataclasses.asdict(config), "data_digest": sha256(store.path / "meta.json")}
+    settings |= {"initial": initial, "processes": processes, **provenance.stamp()}
     groups: dict[str, list[str]] = {}
     for field in dataclasses.fields(config):
         groups.setdefault(field.metadata["group"], []).append(field.name)
     from_store = {name: store.meta[name] for name in ("vae", "vae_digest", "resolution", "class_names")}
-    return settings | {"groups": groups}, {
-        **settings,
-        **from_store,
-        "scale": store.scale.to_dict(),
-        "path_type": config.path_type,
-    }
+    from_store |= {"scale": store.scale.to_dict(), "path_type": config.path_type}
+    return settings | {"groups": groups}, settings | from_store
 
 
 def snapshot(
@@ -195,9 +187,7 @@ def latest_valid_checkpoint(run_dir: str | Path) -> Path | None:
             warnings.warn(f"{errors[0]}: resuming from {directory}", stacklevel=2)
         return directory
     if errors:
-        raise ValueError(
-            f"expected a whole checkpoint in {run_dir}, found {len(errors)} damaged; the newest: {errors[0]}"
-        )
+        raise ValueError(f"expected a whole checkpoint in {run_dir}, found {len(errors)} damaged: {errors[0]}")
     return None
 
 

@@ -31,9 +31,7 @@ class RunSettings:
     """What a run is: its data, its directory, its model."""
 
     data_dir: str = _data(REQUIRED, "latent store made by preprocessing/dump_latents.py", on_resume="free")
-    resolution: int | None = _data(
-        None, "side of the images in pixels; checked against the store, which knows it", on_resume="free"
-    )
+    resolution: int | None = _data(None, "side of the images in pixels; by default the store's", on_resume="free")
     num_classes: int | None = _data(None, "classes the model can tell apart, at least the store's")
     random_flip: bool = _data(False, "mirror each image with probability 1/2 (store made with --flip)")
     num_workers: int = _data(2, "DataLoader workers that read the store, per GPU", on_resume="free")
@@ -42,9 +40,7 @@ class RunSettings:
     output_dir: str = _run("exps", "directory of all runs", on_resume="free")
     exp_name: str | None = _run(None, "name of this run; by default made of model and alignment", on_resume="free")
     resume: bool = _run(True, "resume from the newest checkpoint if the run's directory has one", on_resume="free")
-    init_from: str | None = _run(
-        None, "start from these weights: a checkpoint or run of ours, or a file of SiT's, REPA's or SRA's"
-    )
+    init_from: str | None = _run(None, "start from these weights: our checkpoint or run, a file of SiT, REPA, SRA")
     seed: int = _run(0, "seed of the initial weights and of every draw")
 
     model: str = _model("SiT-XL/2", "SiT-SIZE/PATCH: sizes Ti, S, B, L, XL; patches 1, 2, 4, 8")
@@ -81,22 +77,16 @@ class TrainConfig(AlignmentSettings, RunSettings):
     adam_beta2: float = _optimisation(0.999, "AdamW's decay of the second moment")
     adam_weight_decay: float = _optimisation(0.0, "AdamW's weight decay")
     adam_epsilon: float = _optimisation(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = _optimisation(
-        1.0, "gradients are scaled down to this global norm (inf: never)", on_resume="announced"
-    )
+    max_grad_norm: float = _optimisation(1.0, "largest global norm of the gradients (inf: any)", on_resume="announced")
     ema_decay: float = _optimisation(0.9999, "decay of the EMA per step")
-    label_dropout: float = _optimisation(
-        0.1, "share of labels replaced by the null class, for guidance", aliases=("--cfg-prob",)
-    )
+    label_dropout: float = _optimisation(0.1, "share of labels dropped, for guidance", aliases=("--cfg-prob",))
 
     max_bad_steps: int = _stability(
         20,
         "stop after this many steps in a row that could not be applied: a loss or gradient was not finite",
         on_resume="free",
     )
-    spike_factor: float = _stability(
-        10.0, "report a gradient norm above this many running medians", on_resume="announced"
-    )
+    spike_factor: float = _stability(10.0, "report gradient norms above so many medians", on_resume="announced")
     skip_spikes: bool = _stability(False, "do not apply such steps", on_resume="announced")
     timeout: int = _stability(600, "seconds after which a process that waits for another gives up", on_resume="free")
 
@@ -107,9 +97,7 @@ class TrainConfig(AlignmentSettings, RunSettings):
         on_resume="announced",
     )
     allow_tf32: bool = _speed(False, "TF32 for float32 products on the GPU", on_resume="fixed")
-    grad_checkpoint: int = _speed(
-        0, "run every k-th block again in the backward pass, to save memory (1: each, 0: none)"
-    )
+    grad_checkpoint: int = _speed(0, "run every k-th block again in the backward pass, to save memory (0: none)")
     zero1: bool = _speed(False, "shard the optimizer's moments over the processes: the same weights, less memory")
     profile: int = _speed(0, "write a trace of this many steady steps to <run>/profile.json (0: none)")
     compile: bool | None = _speed(None, "torch.compile each block; on a GPU unless set")
@@ -119,18 +107,14 @@ class TrainConfig(AlignmentSettings, RunSettings):
     keep_every: int = _checkpoints(100_000, "also keep those whose step this divides (0: none)")
 
     log_every: int = _logging(100, "write a row of metrics every this many steps")
-    report_to: str = _logging(
-        "none", "tracker beside log.jsonl and metrics.csv", choices=("none", "wandb", "tensorboard")
-    )
+    report_to: str = _logging("none", "tracker beside log.jsonl, metrics.csv", choices=("none", "wandb", "tensorboard"))
     tracker_project: str = _logging("vae-repa", "project name for the tracker")
 
     sampling_steps: int = _sampling(10_000, "draw a grid of EMA samples every this many steps (0: never)")
     sampling_count: int = _sampling(16, "images in a grid")
     sampling_guidance: float = _sampling(4.0, "guidance scale of a grid (1: none)")
     sampling_num_steps: int = _sampling(50, "Euler steps of a grid")
-    vae: str | None = _sampling(
-        None, "VAE that decodes the grids: hub name, local directory or file; by default the store's"
-    )
+    vae: str | None = _sampling(None, "VAE of the grids: hub name, local directory or file; by default the store's")
 
     def __post_init__(self):
         super().__post_init__()

@@ -196,9 +196,7 @@ def check_data(config: TrainConfig, store: LatentDataset, checkpoint: Path | Non
     if damaged:
         raise ValueError(f"damaged store {config.data_dir}: {', '.join(damaged)} changed since; dump the images again")
     if state and state["data_digest"] != sha256(store.path / "meta.json"):
-        raise ValueError(
-            f"{config.data_dir} is not the store that {checkpoint} was trained on; give that one, or another --exp-name"
-        )
+        raise ValueError(f"{config.data_dir} is not the store of {checkpoint}; give that one, or another --exp-name")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
