@@ -493,7 +493,7 @@ def test_a_run_goes_on_only_with_its_own_settings_and_data(data, tmp_path):
     with pytest.raises(ValueError, match=r"--no-resume.*holds a run"):
         run(data, tmp_path, resume=False)
     make_store(tmp_path / "other", seed=9, flips=True)
-    with pytest.raises(ValueError, match=r"is not the store that"):
+    with pytest.raises(ValueError, match=r"is not the store of"):
         run(tmp_path / "other", tmp_path, max_train_steps=3)
 
 
@@ -540,7 +540,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(data, tmp_pat
     folder = run(data, tmp_path, checkpointing_steps=1)
     for path in load.checkpoints(folder):
         (path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"expected a whole checkpoint in .*found 2 damaged; the newest: .*0000002"):
+    with pytest.raises(ValueError, match=r"expected a whole checkpoint in .*found 2 damaged: .*0000002"):
         run(data, tmp_path, max_train_steps=3)
 
 
