@@ -9,6 +9,7 @@ Shape suffixes: N images of the store, B of a batch, n of a shard, C latent chan
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,21 @@ def read_meta(directory: str | Path) -> dict[str, Any]:
         raise ValueError(f"expected a latent store of format {FORMAT} {VERSION}, found another in {directory}")
     meta = read_record(meta, META, file)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in meta.items()}  # as in JSON
+
+
+def store_digest(meta: dict[str, Any]) -> str:
+    """What makes two stores the same: their data and settings, not the machine, versions or names that made them."""
+    names = "scale shift resolution crop class_names settings latent_shape dtype flips images labels_sha256".split()
+    same = {name: meta[name] for name in names}
+    same["shards"] = [
+        [shard["count"], *(shard[kind]["sha256"] for kind in KINDS if kind in shard)] for shard in meta["shards"]
+    ]
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+
+
+def ends_digest(rows: np.ndarray) -> str:  # (n, ...)
+    """SHA-256 of a shard's first and last row: tells swapped shards apart without reading them."""
+    return hashlib.sha256(rows[0].tobytes() + rows[-1].tobytes()).hexdigest()
 
 
 def _bytes(array: np.ndarray) -> memoryview:
@@ -188,13 +204,20 @@ class LatentDataset(torch.utils.data.Dataset):
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
 
-    def verify_digests(self) -> list[str]:
-        """Names of files whose SHA-256 is not the recorded one. Reads the whole store."""
-        recorded = {"labels.npy": self.meta["labels_sha256"], "paths.txt": self.meta["paths_sha256"]}
-        for shard in self.meta["shards"]:
-            recorded |= {shard[kind]["file"]: shard[kind]["sha256"] for kind in KINDS if kind in shard}
+    def damaged_files(self, whole: bool) -> list[str]:
+        """Names of files that are not the recorded ones: by the labels, and of each shard its first and last row; or by
+        the SHA-256 of each file, if the whole store is to be read."""
+        shards = [shard[kind] for shard in self.meta["shards"] for kind in KINDS if kind in shard]
+        recorded = {"labels.npy": self.meta["labels_sha256"]}
+        if whole:
+            recorded |= {"paths.txt": self.meta["paths_sha256"]} | {shard["file"]: shard["sha256"] for shard in shards}
         files = {self.path / name: digest for name, digest in recorded.items()}
-        return [file.name for file, digest in files.items() if not file.is_file() or sha256(file) != digest]
+        found = [file.name for file, digest in files.items() if not file.is_file() or sha256(file) != digest]
+        for shard in shards if not whole else ():
+            expected = shard.get("ends_sha256")  # stores of older code lack it
+            if expected and ends_digest(np.load(self.path / shard["file"], mmap_mode="r")) != expected:
+                found.append(shard["file"])
+        return found
 
 
 @dataclass

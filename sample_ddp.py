@@ -41,7 +41,7 @@ from evaluations.networks import load_network
 from models.load import load_sit
 from models.sit import SiT
 from models.vae import UNKNOWN_VAE, check_vae, load_vae, vae_digest
-from runtime.distributed import allow_tf32, barrier, choose_device, copy_to_host_async, run_on_rank0
+from runtime.distributed import allow_tf32, barrier, choose_device, copy_to_host_async, hold_directory, run_on_rank0
 from sampling.batch_size import find_batch_size
 from sampling.generator import SampleGenerator, choose_classes, put_on_device
 from sampling.record import describe, describe_run, read_settings, resume
@@ -102,7 +102,9 @@ def sample(config: SampleConfig, given: frozenset[str], rank: int, processes: in
                 evaluation.reset()
             elif config.evaluate:
                 evaluation = start_evaluation(config, info["vae"], settings, device)
-            draw_set(generator, directory, evaluation, rank, processes)
+            with hold_directory(directory):
+                if not run_on_rank0(partial(is_complete, directory, settings)):  # by another program meanwhile
+                    draw_set(generator, directory, evaluation, rank, processes)
 
 
 # The model.

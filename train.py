@@ -33,6 +33,7 @@ from loss import Alignment, training_loss
 from models.load import latest_checkpoint
 from models.sit import SiTConfig
 from reporting.report import write_report
+from runtime.loading import wait_for_batches, worker_error
 from runtime.seeding import block_generator, numpy_generator, step_generator
 from sampling.generator import decode_latents, sample_latents
 from training.checkpoint import snapshot
@@ -158,7 +159,8 @@ def fit(run: Run) -> None:
     """
     config, accelerator = run.config, run.accelerator
     device, rank0 = accelerator.device, accelerator.is_main_process
-    batches, stop = iter(run.loader), StopRequest()
+    stop = StopRequest()
+    batches = wait_for_batches(run.loader, lambda: stop.received, run.reading)
     begin, stopped = time.perf_counter(), None
     profile = start_profiler(config) if config.profile and rank0 else None
     steps = range(run.start, config.max_train_steps)
@@ -169,6 +171,9 @@ def fit(run: Run) -> None:
             {name: values.to(device, non_blocking=True) for name, values in batch.items()}
             for batch in itertools.islice(batches, config.gradient_accumulation_steps)
         ]
+        if len(micro_batches) < config.gradient_accumulation_steps:
+            accelerator.print(f"stopped by {stop.received.name} while waiting for data; the same command resumes")
+            sys.exit(exit_code(stop.received))
         train_step(run, index, micro_batches)
         if profile:
             profile.step()
@@ -229,17 +234,6 @@ def start_profiler(config: TrainConfig) -> torch.profiler.profile:
     return profile
 
 
-def worker_died_error(error: RuntimeError, run: Run) -> ValueError:
-    """What to tell the user when torch reports that a DataLoader worker has died."""
-    sampler = run.sampler
-    samples = ", ".join(map(str, sampler.step_indices(sampler.last_step_issued)[:4]))
-    return ValueError(
-        f"a DataLoader worker died ({' '.join(str(error).split())[:200]}); the last samples that were to be read are "
-        f"those of step {sampler.last_step_issued + 1} ({samples}, ...); look at the memory, and at the disk of "
-        f"{run.config.data_dir}"
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     config, given = cli.parse_given(TrainConfig, argv, __doc__)
     run = setup(config, given)
@@ -248,10 +242,10 @@ def main(argv: list[str] | None = None) -> None:
         print(describe(run), flush=True)
     try:
         fit(run)
-    except RuntimeError as error:  # raised wherever the host happens to be
-        if "DataLoader worker" not in str(error):
+    except RuntimeError as error:  # of a worker that died, raised wherever the host happens to be
+        if not str(error).startswith("DataLoader worker"):
             raise
-        raise worker_died_error(error, run) from error
+        raise ValueError(worker_error(" ".join(str(error).split())[:160], run.reading())) from error
     finally:
         run.close()
     run.accelerator.end_training()

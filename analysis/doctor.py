@@ -80,7 +80,7 @@ def examine_store(directory: Path) -> Iterator[Finding]:
         return
     yield Finding(f"{len(store):,} images of {store.num_classes} classes, latents {store.latent_shape}; sizes agree")
 
-    damaged = store.verify_digests()
+    damaged = store.damaged_files(whole=True)
     changed = f"digests: {', '.join(damaged)} changed since they were written"
     yield choose(not damaged, "digests: all files as written", changed, "dump the images again")
 

@@ -71,10 +71,18 @@ from tqdm import tqdm
 from dataset import LatentDataset
 from models.vae import decode_images, encode_moments, load_vae, scale_from_config, vae_digest, vae_factor
 from preprocessing.sources import Source, open_source
-from preprocessing.store_writer import LatentStoreWriter, ShardWriter, recorded_settings, resumed_config, shard_size
-from runtime.distributed import allow_tf32, barrier, choose_device, copy_to_host_async
+from preprocessing.store_writer import (
+    LatentStoreWriter,
+    ShardWriter,
+    check_directory,
+    recorded_settings,
+    resumed_config,
+    shard_size,
+)
+from runtime.distributed import allow_tf32, barrier, choose_device, copy_to_host_async, hold_directory
 from runtime.files import Field
 from runtime.images import center_crop, decode_image
+from runtime.loading import loading, wait_for_batches
 
 # What determines the content of a store, in its record. A setting that comes later needs Field(historic): what the
 # stores that lack it were made with.
@@ -159,9 +167,9 @@ def encode_shards(
         Crops(source, config.resolution),
         batch_sampler=[indices for _, indices, _ in todo],
         collate_fn=collate,
-        num_workers=config.num_workers,
         prefetch_factor=4 if config.num_workers else None,
         pin_memory=vae.device.type == "cuda",
+        **loading(config.num_workers),
     )
 
     def write(shard: ShardWriter, batch: Batch, last: bool, wait: Callable | None, before: Future | None) -> int:
@@ -184,7 +192,7 @@ def encode_shards(
     bar = tqdm(total=total, initial=done, desc="encoding", unit="image", disable=rank > 0, dynamic_ncols=True)
     with bar, ThreadPoolExecutor(1) as writer:
         in_flight: deque[Future[int]] = deque()
-        for (shard, _, last), batch in zip(todo, loader, strict=True):
+        for (shard, _, last), batch in zip(todo, wait_for_batches(loader), strict=True):
             if batch.unread and not config.skip_corrupt:
                 index, reason = batch.unread[0]
                 found = f"{source.names[index]} in {config.source}, which cannot be read ({reason})"
@@ -237,8 +245,7 @@ def open_vae(config: DumpConfig) -> torch.nn.Module:
     Raises:
         ValueError: it cannot be loaded, or does not divide the images.
     """
-    numbered = ":" in (config.device or "")  # cuda:N is the user's own choice
-    device = torch.device(config.device) if numbered else choose_device(config.device)
+    device = choose_device(config.device)
     allow_tf32(False)  # moments are the ground that everything else stands on
     vae = load_vae(config.vae, device)
     factor = vae_factor(vae)
@@ -268,8 +275,8 @@ def open_store(config: DumpConfig, source: Source, items: list[int], vae: torch.
 
 
 def main(argv: list[str] | None = None) -> None:
-    # The settings: those of the record, where a run is resumed and the user does not give them.
     config, given = cli.parse_given(DumpConfig, argv, __doc__)
+    # The settings: those of the record, where a run is resumed and the user does not give them.
     saved = recorded_settings(config.output_dir, SETTINGS)
     config = resumed_config(config, given, saved)
     if saved and "limit" not in given:
@@ -282,28 +289,35 @@ def main(argv: list[str] | None = None) -> None:
     if config.limit is not None and config.limit < len(items):
         items = [place * len(items) // config.limit for place in range(config.limit)]
     vae = open_vae(config)
-    writer = open_store(config, source, items, vae)
+    if world_size > 1:
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=config.timeout))
+    with hold_directory(Path(config.output_dir), check_directory):
+        make_store(config, source, items, vae, rank, world_size)
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
+    if config.verify and rank == 0:
+        verify(config, source, vae)
 
+
+def make_store(
+    config: DumpConfig, source: Source, items: list[int], vae: torch.nn.Module, rank: int, world_size: int
+) -> None:
+    """Encode what is missing of the images `items`, as rank `rank` of `world_size`."""
+    writer = open_store(config, source, items, vae)
     if writer.is_complete:
         if rank == 0:
             print(f"{config.output_dir} is complete: {len(LatentDataset(config.output_dir)):,} images")
-    else:
-        # This process's shards; then, on rank 0, what all have in common.
-        if world_size > 1:
-            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=config.timeout))
-        size = shard_size(len(items))
-        shards = [items[begin : begin + size] for begin in range(0, len(items), size)]
-        mine = [(writer.shard(index), shards[index]) for index in range(rank, len(shards), world_size)]
-        encode_shards(mine, source, vae, config, rank)
-        if world_size > 1:
-            barrier()
-            torch.distributed.destroy_process_group()
-        if rank == 0:
-            about = {name: writer.settings.get(name) for name in "vae vae_digest scale_source resolution crop".split()}
-            about |= {"vae": config.vae, "scale_source": "config", "class_names": source.class_names}
-            writer.complete(len(shards), None if config.scale == "auto" else scale_from_config(vae), about)
-    if config.verify and rank == 0:
-        verify(config, source, vae)
+        return
+    # This process's shards; then, on rank 0, what all have in common.
+    size = shard_size(len(items))
+    shards = [items[begin : begin + size] for begin in range(0, len(items), size)]
+    mine = [(writer.shard(index), shards[index]) for index in range(rank, len(shards), world_size)]
+    encode_shards(mine, source, vae, config, rank)
+    barrier()
+    if rank == 0:
+        about = {name: writer.settings.get(name) for name in "vae vae_digest scale_source resolution crop".split()}
+        about |= {"vae": config.vae, "scale_source": "config", "class_names": source.class_names}
+        writer.complete(len(shards), None if config.scale == "auto" else scale_from_config(vae), about)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ from tqdm import tqdm
 from dataset import LatentDataset
 from models.tensor_file import read_tensor_file
 from models.vae import UNKNOWN_VAE, LatentScale, load_vae, vae_digest
-from preprocessing.store_writer import LatentStoreWriter, recorded_settings, resumed_config, shard_size
+from preprocessing.store_writer import LatentStoreWriter, check_directory, recorded_settings, resumed_config, shard_size
+from runtime.distributed import hold_directory
 from runtime.files import Field
 from runtime.images import decode_image, image_names
 
@@ -317,20 +318,21 @@ def main(argv: list[str] | None = None) -> None:
     settings |= {"scale": scale and scale.to_dict(), "resolution": resolution, "class_names": tuple(class_names)}
     shapes = dict.fromkeys(("moments", *dump.kinds), (2 * C, H, W))
     shapes |= {"images": (resolution, resolution, 3)} if "images" in shapes else {}
-    writer = LatentStoreWriter(config.output_dir, settings, shapes, config.dtype, SETTINGS)
-    if writer.is_complete:
-        print(f"{config.output_dir} is complete: {len(LatentDataset(config.output_dir)):,} images")
-        return
+    with hold_directory(Path(config.output_dir), check_directory):
+        writer = LatentStoreWriter(config.output_dir, settings, shapes, config.dtype, SETTINGS)
+        if writer.is_complete:
+            print(f"{config.output_dir} is complete: {len(LatentDataset(config.output_dir)):,} images")
+            return
 
-    # What is left of its shards, and what they have in common.
-    size = shard_size(count)
-    starts = range(0, count, size)
-    with tqdm(total=count, desc="packing", unit="image", dynamic_ncols=True) as progress:
-        for index, begin in enumerate(starts):
-            pack_shard(writer, index, begin, min(begin + size, count), dump, progress)
-    crop = "adm-center" if dump.format == "repa" else "unknown"
-    about = {"vae": vae, "vae_digest": digest, "scale_source": scale_source, "resolution": resolution, "crop": crop}
-    writer.complete(len(starts), scale, about | {"class_names": class_names})
+        # What is left of its shards, and what they have in common.
+        size = shard_size(count)
+        starts = range(0, count, size)
+        with tqdm(total=count, desc="packing", unit="image", dynamic_ncols=True) as progress:
+            for index, begin in enumerate(starts):
+                pack_shard(writer, index, begin, min(begin + size, count), dump, progress)
+        crop = "adm-center" if dump.format == "repa" else "unknown"
+        about = {"vae": vae, "vae_digest": digest, "scale_source": scale_source, "resolution": resolution, "crop": crop}
+        writer.complete(len(starts), scale, about | {"class_names": class_names})
 
 
 def read_rows(dump: Dump, begin: int, end: int, dtype: str) -> dict[str, np.ndarray]:

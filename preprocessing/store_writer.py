@@ -6,6 +6,7 @@ Shape suffixes: b images of a batch, C latent channels, H = W latent side, R ima
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -18,10 +19,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dataset import FORMAT, NPY_HEADER, VERSION, npy_header, read_journal, read_json, read_meta
+from dataset import FORMAT, NPY_HEADER, VERSION, ends_digest, npy_header, read_journal, read_json, read_meta
 from models.vae import LatentScale
 from runtime import provenance
-from runtime.files import Field, read_record, sha256, to_checksummed_json, write_at, write_atomically
+from runtime.files import LOCK, Field, read_record, sha256, to_checksummed_json, write_at, write_atomically
 
 Config = TypeVar("Config")
 Arrays = dict[str, np.ndarray]  # by kind
@@ -56,6 +57,19 @@ def resumed_config(config: Config, given: frozenset[str], saved: dict[str, Any] 
     return dataclasses.replace(config, **{name: saved[name] for name in names})
 
 
+def check_directory(directory: Path) -> None:
+    """Refuse what is neither new nor a store, whole or not.
+
+    Raises:
+        ValueError: it is a file, or holds other files.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"expected a directory to write the store to, found the file {directory}")
+    names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    if not names & {"meta.json", "partial"} and names - {LOCK}:
+        raise ValueError(f"expected a new directory or a store of this command, found other files in {directory}")
+
+
 class LatentStoreWriter:
     """Writes a store, shard by shard and batch by batch; a killed writer resumes behind its last whole batch.
 
@@ -74,8 +88,6 @@ class LatentStoreWriter:
     def __init__(self, directory: str | Path, settings: dict, shapes: Shapes, dtype: str, fields: Fields | None = None):
         self.directory, self.settings, self.shapes, self.dtype = Path(directory), settings, shapes, dtype
         self.records = self.directory / "partial"
-        if self.directory.exists() and not self.directory.is_dir():
-            raise ValueError(f"expected a directory to write the store to, found the file {directory}")
         saved = recorded_settings(directory, fields or dict.fromkeys(settings, Field()))
         differing = [name for name, value in (saved or {}).items() if value != settings[name]]
         if differing:
@@ -83,8 +95,7 @@ class LatentStoreWriter:
             raise ValueError(f"{directory} was made with other settings ({found}); give those, or another --output-dir")
         if saved is not None:
             return
-        if self.directory.is_dir() and any(path.name != "partial" for path in self.directory.iterdir()):
-            raise ValueError(f"expected a new directory or a store of this command, found other files in {directory}")
+        check_directory(self.directory)
         self.records.mkdir(parents=True, exist_ok=True)
         write_atomically(self.records / "settings.json", json.dumps(settings, indent=2))
 
@@ -178,6 +189,7 @@ class ShardWriter:
             labels: b class ids. paths: b sources.
             skipped: JSON values that name the others.
         """
+        digests = {}
         for kind, rows in arrays.items():
             rows = np.ascontiguousarray(rows, dtype=self._dtype(kind))
             assert rows.shape == (len(labels), *self.store.shapes[kind]), (kind, rows.shape)
@@ -187,12 +199,14 @@ class ShardWriter:
                 os.fdatasync(descriptor)  # before its line in the journal, which a power cut could keep alone
             finally:
                 os.close(descriptor)
+            digests[kind] = hashlib.sha256(rows).hexdigest()
         batch = {
             "items": items,
             "labels": [int(label) for label in labels],
             "paths": [path.replace("\n", "\\n") for path in paths],
             "skipped": list(skipped),
             "statistics": latent_statistics(arrays["moments"]) if arrays else [],
+            "sha256": digests,
         }
         with open(self.journal, "a") as file:  # behind the rows: a batch counts once its line is whole
             file.write(json.dumps(batch) + "\n")
@@ -214,13 +228,28 @@ class ShardWriter:
                     file.truncate(NPY_HEADER + self.rows * dtype.itemsize * math.prod(shape))
                     os.fsync(file.fileno())
                 os.replace(partial, final)
-            files[kind] = {"file": final.name, "sha256": sha256(final)}
+            rows = np.load(final, mmap_mode="r")
+            self._compare(kind, rows)
+            files[kind] = {"file": final.name, "sha256": sha256(final), "ends_sha256": ends_digest(rows)}
         record = {"rows": self.rows, "files": files}
         record |= {kind: [x for batch in self.batches for x in batch[kind]] for kind in ("labels", "paths", "skipped")}
         record["statistics"] = [batch["statistics"] for batch in self.batches]
         write_atomically(self.record_file, json.dumps(record))
         self.journal.unlink(missing_ok=True)
         self.closed = True
+
+    def _compare(self, kind: str, rows: np.ndarray) -> None:  # (n, ...)
+        """Refuse rows that are not those of which the journal says that they were written."""
+        begin = 0
+        for batch in self.batches:
+            end = begin + len(batch["labels"])
+            expected = batch.get("sha256", {}).get(kind)  # journals of older code lack it
+            if expected and hashlib.sha256(np.ascontiguousarray(rows[begin:end])).hexdigest() != expected:
+                raise ValueError(
+                    f"expected the rows that were written in {self._file(kind)}, found others from row {begin} on: the "
+                    f"disk or another program changed them; delete {self.store.directory} and make the store again"
+                )
+            begin = end
 
     def _dtype(self, kind: str) -> np.dtype:
         return np.dtype("uint8" if kind == "images" else self.store.dtype)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,24 +15,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.files import LOCK, full_disk_is_an_error, lock_directory
+
 
 def choose_device(name: str | None) -> torch.device:
     """This rank's device, made the current one.
 
+    Args:
+        name: "cpu"; "cuda": the GPU of this rank; "cuda:N": that one; None: a GPU where there is one.
+
     Raises:
-        ValueError: a GPU is asked for, and there is none for this rank.
+        ValueError: another name, or a GPU that is not there.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, found {name}")
+    number = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
+    if number >= torch.cuda.device_count():
         raise ValueError(
-            f"expected a GPU for each process, found {torch.cuda.device_count()} on this machine and process "
-            f"{local_rank}, counted from 0; start fewer processes, or give --device cpu"
+            f"--device: expected a GPU for each process, found {torch.cuda.device_count()} on this machine, and GPU "
+            f"{number}, counted from 0, asked for; start fewer processes, or give --device cpu"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def run_on_rank0(compute: Callable[[], Any]) -> Any:
@@ -64,6 +74,36 @@ def barrier() -> None:
         raise ValueError("another process failed (see its message); the same command resumes") from error
 
 
+@contextlib.contextmanager
+def hold_directory(directory: Path, check: Callable[[Path], None] = lambda directory: None) -> Iterator[None]:
+    """A directory, made if need be, that no other program writes to meanwhile: rank 0 locks it for all ranks. A disk
+    that runs full is one line.
+
+    Args:
+        check: called by rank 0 before anything is made.
+
+    Raises:
+        ValueError: another program writes to it, or the disk is full; and what `check` raises.
+    """
+    locks: list = []
+
+    def lock() -> None:
+        check(directory)
+        busy = f"another process writes to {directory}; wait for it, or choose another"
+        locks.append(lock_directory(directory, busy))
+
+    run_on_rank0(lock)
+    try:
+        with full_disk_is_an_error(directory):
+            yield
+    finally:
+        for held in locks:
+            held.release()
+            (directory / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                directory.rmdir()  # if nothing was written to it
+
+
 def copy_to_host_async(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
     """Begin copies to the host, in the current stream; the function returned waits for them, in any thread.
 
@@ -74,8 +114,8 @@ def copy_to_host_async(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
     copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
+    # Of the tensors' own device, whatever the current one is: there the copies are queued.
+    copied = torch.cuda.current_stream(tensors[0].device).record_event()
 
     def wait() -> list[np.ndarray]:
         copied.synchronize()

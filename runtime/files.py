@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+LOCK = ".lock"  # a file in a directory that one program writes at a time
 REQUIRED: Any = object()  # of a record: every one has the field; of a flag: it must be given
 
 
@@ -107,16 +108,18 @@ def lock_directory(directory: str | Path, busy: str) -> Any:
     """Hold a directory that two programs must not write at once. Hold the result; its `release()`, or exit, ends it.
 
     Raises:
-        ValueError: with the text `busy`, another process holds the directory.
+        ValueError: with the text `busy`, another process holds the directory; or it cannot be made.
     """
     from filelock import FileLock, Timeout  # 40 ms, which --help need not wait for
 
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(directory) / ".lock")
     try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(Path(directory) / LOCK)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ValueError(busy) from error
+    except OSError as error:
+        raise ValueError(f"--output-dir: cannot make {directory} ({error.strerror}); choose another") from error
     return lock
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from runtime.files import fsync, full_disk_is_an_error, sha256, to_json, write_at, write_atomically
+from runtime.files import LOCK, fsync, full_disk_is_an_error, sha256, to_json, write_at, write_atomically
 from sampling.config import SampleConfig
 from sampling.record import FORMAT, SETTINGS, VERSION, read_settings
 
@@ -192,7 +192,7 @@ def is_complete(directory: Path, settings: dict[str, Any]) -> bool:
                 f"give those settings, or another --output-dir"
             )
         return (directory / "samples.json").is_file()
-    if directory.is_dir() and {path.name for path in directory.iterdir()} - {"partial"}:
+    if directory.is_dir() and {path.name for path in directory.iterdir()} - {"partial", LOCK}:
         raise ValueError(f"--output-dir: expected a new directory or one of samples, found other files in {directory}")
     return False
 
@@ -227,10 +227,7 @@ def create(directory: str | Path, settings: dict[str, Any]) -> None:
             f"expected {needed / 1e9:.3g} GB free for the samples in {directory}, found {free / 1e9:.3g}; "
             f"make room, or choose another --output-dir"
         )
-    try:
-        (partial / "images" if settings["png"] else partial).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output-dir: cannot make {partial} ({error.strerror}); choose another directory") from error
+    (partial / "images" if settings["png"] else partial).mkdir(parents=True, exist_ok=True)
     for name, size in sizes.items():
         (partial / name).write_bytes(b"")
         os.truncate(partial / name, size)

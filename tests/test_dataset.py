@@ -86,7 +86,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
     assert (tmp_path / "s" / "paths.txt").read_text().splitlines() == [f"image {k}.png" for k in range(9)]
     single = store[4]
     assert torch.equal(single["moments"], batch["moments"][3])
-    assert store.verify_digests() == []
+    assert store.damaged_files(whole=True) == []
     # The shards are plain .npy files for anyone.
     assert np.array_equal(np.load(tmp_path / "s" / "moments-00001.npy"), numbers["moments"][5:])
 
@@ -213,7 +213,7 @@ def test_truncated_and_flipped_files_are_found(tmp_path):
         LatentDataset(tmp_path / "s")
     content[200] ^= 4
     file.write_bytes(content)
-    assert LatentDataset(tmp_path / "s").verify_digests() == ["moments-00001.npy"]
+    assert LatentDataset(tmp_path / "s").damaged_files(whole=True) == ["moments-00001.npy"]
 
 
 def test_images_must_be_there_when_wanted(tmp_path):

@@ -190,7 +190,7 @@ def test_parquet_shards_as_on_the_hub(tmp_path):
     [
         (lambda p: p / "absent", "found nothing at"),
         (lambda p: p, "found none in"),
-        (lambda p: (picture(8, 8).save(p / "0.png"), p)[1], "no class folder around 0.png"),
+        (lambda p: (picture(8, 8).save(p / "0.png"), p)[1], "found none around 0.png"),
         (lambda p: ((p / "x.zip").write_bytes(b"PK nonsense"), p / "x.zip")[1], "is no zip"),
         (lambda p: ((p / "x.parquet").write_bytes(b"nonsense"), p / "x.parquet")[1], "expected parquet with columns"),
         (lambda p: f"{p}/*.parquet", "no file matches"),
@@ -276,7 +276,7 @@ def test_the_store_holds_the_moments_of_each_crop(images, vae, undisturbed):
     store = LatentDataset(undisturbed, images=True)
     assert len(store) == 150
     assert store.class_names == ["ant", "bee", "cat"]
-    assert store.verify_digests() == []
+    assert store.damaged_files(whole=True) == []
     model = load_vae(str(vae))
     source = open_source(images)
     assert (undisturbed / "paths.txt").read_text().splitlines() == source.names
@@ -470,7 +470,7 @@ def test_corrupt_files_stop_the_run_or_are_listed(vae, tmp_path):
         (["--limit", 0], "--limit: expected at least 1, found 0"),
         (["--batch-size", 0], "--batch-size: expected at least 1"),
         (["--source", "/no/such/folder"], "--source: .*nothing at"),
-        (["--vae", "/no/such/vae"], "--vae: expected a directory or file with an AutoencoderKL"),
+        (["--vae", "/no/such/vae"], "--vae: expected a directory, file or hub name of an AutoencoderKL"),
     ],
 )
 def test_bad_flags_are_refused_before_anything_is_written(more, message, images, vae, tmp_path):

@@ -509,7 +509,7 @@ def test_mistakes_are_one_line_and_code_2(run, files, small):
         ),
         ((samples, "--batch-size", 0), "--batch-size: expected at least 1"),
         ((samples, "--device", "tpu"), "--device"),
-        ((samples, "--device", "cuda:99"), "this machine has, found cuda:99"),
+        ((samples, "--device", "cuda:99"), "on this machine, and GPU 99"),
         ((samples, "--output", files), "expected to write"),
         ((samples, "--output", samples / "metrics.json"), "expected a directory for --output"),
         ((samples, "--ref", files / "none.npz"), "found nothing"),

@@ -84,7 +84,7 @@ def test_repas_folder_comes_back_with_labels_by_name_and_images_by_order(leading
     assert (store.meta["resolution"], store.meta["crop"]) == (32, "adm-center")
     assert store.class_names == ["0", "1", "2"]
     assert (tmp_path / "store" / "paths.txt").read_text().splitlines()[3] == "00001/img-mean-std-00000003.npy"
-    assert store.verify_digests() == []
+    assert store.damaged_files(whole=True) == []
 
 
 def test_lightningdits_shards_are_samples_without_std_normalised_by_their_statistics(tmp_path):

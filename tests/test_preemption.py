@@ -139,7 +139,7 @@ def test_a_reader_that_dies_is_reported_with_its_samples(data, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2, err
     last = err.splitlines()[-1]
-    assert re.search(r"error: a DataLoader worker died \(DataLoader worker.*those of step \d+ \(\d+, \d+", last)
+    assert re.search(r"error: expected .* found DataLoader worker.*samples of step \d+ \(\d+, \d+", last)
     assert "Traceback" not in err
 
 
@@ -153,3 +153,13 @@ def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path):
     run(data, tmp_path, batch_size=8, max_train_steps=step + 3, keep_last=9)
     assert same(weights(tmp_path / "run"), undisturbed(data, tmp_path, step + 3))
     assert [row["step"] for row in read_log(tmp_path / "run")] == list(range(1, step + 4))
+
+
+def test_a_second_signal_ends_a_process_that_does_not_come_to_an_end():
+    code = (
+        "import os, signal, time; from training import preemption; preemption.SECOND = 0.2; preemption.StopRequest()\n"
+        "for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"  # the same one by two ways
+        "print('here', flush=True); time.sleep(0.5); os.kill(os.getpid(), signal.SIGTERM); print('never')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "here\n")

@@ -464,7 +464,7 @@ def refused(capsys, flags):
         ({"sampler": "ddim"}, "invalid choice: 'ddim'"),
         ({"checkpoint": "absent"}, "not a checkpoint: nothing at absent"),
         ({"checkpoint": "."}, "not a checkpoint"),
-        ({"vae": "absent/folder/vae"}, "--vae: expected a directory or file with an AutoencoderKL"),
+        ({"vae": "absent/folder/vae"}, "--vae: expected a directory, file or hub name of an AutoencoderKL"),
         ({"guidance_rescale": 1}, "unknown flag --guidance-rescale"),
     ],
 )

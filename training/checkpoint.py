@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from dataset import LatentDataset
+from dataset import LatentDataset, store_digest
 from models.load import FORMAT, VERSION, checkpoints, latest_checkpoint, load_weights, read_state, verified_file
 from models.sit import SiT
 from runtime import provenance
@@ -37,11 +37,11 @@ def make_records(
 
     Args:
         config: with every None decided.
-        store: the latents. The digest of its `meta.json` is the one by which it is known again.
+        store: the latents. Its digest is the one by which it is known again.
         initial: `source`, `read_as` and `digest` of the weights that the run began with; None if they were random.
         processes: how many train now.
     """
-    settings = {"config": dataclasses.asdict(config), "data_digest": sha256(store.path / "meta.json")}
+    settings = {"config": dataclasses.asdict(config), "data_digest": store_digest(store.meta)}
     settings |= {"initial": initial, "processes": processes, **provenance.stamp()}
     groups: dict[str, list[str]] = {}
     for field in dataclasses.fields(config):

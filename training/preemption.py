@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 RESUMABLE = 75  # exit code (EX_TEMPFAIL of sysexits.h): stopped as asked, to be resumed
+SECOND = 3  # seconds
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -18,7 +21,8 @@ class StopRequest:
 
     A signal may reach one rank, or all at different steps. So in each step the ranks tell each other, on the host and
     in the background, and act on what was said in the step before: they stop at the same step, and none waits.
-    A second Ctrl-C ends the process at once.
+    A second Ctrl-C ends the process at once, as does any second signal `SECOND` later: the same one can reach a rank
+    twice, from the launcher and with its process group.
     """
 
     def __init__(self):
@@ -31,6 +35,11 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.received and time.monotonic() - self.received_at > SECOND:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if self.received is None:
+            self.received_at = time.monotonic()
         self.received = signal.Signals(number)
         print(f"{self.received.name}: ending the step, then saving", file=sys.stderr, flush=True)
 

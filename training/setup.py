@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from alignment.registry import METHODS, needs_of, parse_align
 from alignment.terms import AlignmentContext, AlignmentTerms
-from dataset import LatentDataset, StepSampler
+from dataset import LatentDataset, StepSampler, store_digest
 from diffusion.interpolant import Interpolant
 from loss import Alignment
 from models.aligned import AlignedSiT
@@ -28,6 +28,7 @@ from reporting.log import RunLog
 from runtime.cli import check
 from runtime.distributed import allow_tf32
 from runtime.files import sha256, to_json, write_atomically
+from runtime.loading import loading
 from runtime.seeding import block_generator, step_generator
 from training.checkpoint import CheckpointWriter, load_checkpoint, make_records
 from training.config import TrainConfig
@@ -75,6 +76,12 @@ class Run:
         return {
             term: terms.alignment_at(step) for name, terms in self.methods.items() for term in terms.term_names(name)
         }
+
+    def reading(self) -> str:
+        """The samples that were last to be read, in words."""
+        step = self.sampler.last_step_issued
+        samples = ", ".join(map(str, self.sampler.step_indices(step)[:4]))
+        return f" while it reads the samples of step {step + 1} ({samples}, ...) of {self.config.data_dir}"
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written, and let others use the directory."""
@@ -190,12 +197,13 @@ def check_data(config: TrainConfig, store: LatentDataset, checkpoint: Path | Non
     """Refuse data that the run cannot be trained on.
 
     Raises:
-        ValueError: the store is damaged (looked for with --verify-data), or not the one that the run was trained on.
+        ValueError: the store is damaged (with --verify-data all of it is read), or not the run's.
     """
-    damaged = store.verify_digests() if config.verify_data else []
+    damaged = store.damaged_files(whole=config.verify_data)
     if damaged:
         raise ValueError(f"damaged store {config.data_dir}: {', '.join(damaged)} changed since; dump the images again")
-    if state and state["data_digest"] != sha256(store.path / "meta.json"):
+    # Runs of older code recorded the digest of meta.json, which says more than what the data are.
+    if state and state["data_digest"] not in (store_digest(store.meta), sha256(store.path / "meta.json")):
         raise ValueError(f"{config.data_dir} is not the store of {checkpoint}; give that one, or another --exp-name")
 
 
@@ -234,9 +242,8 @@ def make_loader(
         store,
         batch_sampler=sampler,
         collate_fn=dict,  # the store gathers a batch at once: nothing is left to collate
-        num_workers=config.num_workers,
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=ignore_signals,
+        **loading(config.num_workers, ignore_signals),
     )
     return sampler, loader
 
