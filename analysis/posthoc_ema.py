@@ -59,7 +59,10 @@ def combine(snapshots: list[tuple[int, float]], step: int, sigma_rel: float) -> 
     """
     wanted = profile(step, gamma_of(sigma_rel), step)
     known = np.stack([profile(at, gamma_of(width), step) for at, width in snapshots], axis=1)
-    factors = np.linalg.lstsq(known, wanted, rcond=None)[0]
+    # They sum to 1, whatever is left to wish: what all snapshots share is not scaled.
+    last = known[:, -1]
+    factors = np.linalg.lstsq(known[:, :-1] - last[:, None], wanted - last, rcond=None)[0]
+    factors = np.append(factors, 1 - factors.sum())
     return factors, float(np.linalg.norm(known @ factors - wanted) / np.linalg.norm(wanted))
 
 

@@ -137,7 +137,7 @@ def load_sit(path: str | Path, ema: str | None = None) -> tuple[SiT, dict[str, A
     known = {name: file for name, file in known.items() if file.startswith("ema")}
     weights = "ema.safetensors" if ema is None else known.get(ema)
     if weights is None:
-        raise ValueError(f"--ema: expected one of {', '.join(known)} in {directory}, found {ema}")
+        raise ValueError(f"--ema: expected one of {', '.join(sorted(known))} in {directory}, found {ema}")
     load_weights(model, verified_file(directory, weights, state))
     info = state | {
         "source": str(directory),

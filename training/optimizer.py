@@ -37,7 +37,7 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> t
 def learning_rate_at(config: TrainConfig, step: int) -> float:
     """The learning rate of an optimizer step, counted from 0: a function of the step alone.
 
-    Rises over w = `lr_warmup_steps` as (step + 1) / w; then stays, or falls to `lr_final` at step `lr_decay_steps` along
+    Rises over w = `lr_warmup_steps` as (step + 1) / w; then stays, falls to `lr_final` at step `lr_decay_steps` along
     a line or half a cosine, or falls as sqrt(w / (step + 1)).
     """
     peak, warmup, final, done = config.learning_rate, config.lr_warmup_steps, config.lr_final, step + 1

@@ -133,7 +133,6 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
         accelerator.print(f"resuming from {checkpoint}")
     model = accelerator.prepare(model)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it is where the model is
-    ema_updater = EMAUpdater(emas.values(), sit, decays(config).values())
 
     # Records: lock, config.json, log, trackers.
     initial = initial_weights(source, state, config, accelerator)
@@ -148,7 +147,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
         model,
         sit,
         emas,
-        ema_updater,
+        EMAUpdater(emas.values(), sit, decays(config).values()),
         optimizer,
         guard,
         Interpolant(config.path_type),
