@@ -37,8 +37,15 @@ from runtime.loading import wait_for_batches, worker_error
 from runtime.seeding import block_generator, numpy_generator, step_generator
 from sampling.generator import decode_latents, sample_latents
 from training.checkpoint import snapshot
+from training.ema import save_snapshots
 from training.metrics import collect_metrics, log_metrics
-from training.optimizer import consolidate_state, release_process_group, skip_step_if
+from training.optimizer import (
+    consolidate_state,
+    learning_rate_at,
+    release_process_group,
+    set_learning_rate,
+    skip_step_if,
+)
 from training.preemption import StopRequest, exit_code
 from training.setup import Run, describe, setup, warn_of_scale
 
@@ -98,8 +105,9 @@ def train_step(run: Run, step: int, micro_batches: list[dict[str, Tensor]]) -> N
     # Optimizer and EMA.
     gradient_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
     values = torch.cat([torch.stack(losses).mean(dim=0), gradient_norm.detach().reshape(1)])
+    set_learning_rate(run.optimizer.optimizer, learning_rate_at(config, step))
     apply_step(run, skipped=run.guard.check(step, values))
-    run.ema_updater.update()
+    run.ema_updater.update(step)
 
 
 def apply_step(run: Run, skipped: Tensor) -> None:
@@ -147,8 +155,15 @@ def save_checkpoint(run: Run, step: int) -> None:
     consolidate_state(optimizer)
     if accelerator.is_main_process:
         trained = accelerator.unwrap_model(run.model)
-        content = snapshot(trained, run.ema, optimizer, accelerator.scaler, run.guard.state_dict())
+        content = snapshot(trained, run.emas, optimizer, accelerator.scaler, run.guard.state_dict())
         run.writer.save(step, content, run.state)
+
+
+def due(step: int, every: int, first: int = 1) -> bool:
+    """Whether something is due after a step: every so many steps, and before at 1, 2, 5, 10, 20, 50, ... x `first`."""
+    if step >= every:
+        return step % every == 0
+    return step % first == 0 and str(step // first).rstrip("0") in ("1", "2", "5")
 
 
 def fit(run: Run) -> None:
@@ -182,8 +197,9 @@ def fit(run: Run) -> None:
         # What is due after it?
         last = step == config.max_train_steps
         save = last or stopped or step % config.checkpointing_steps == 0
-        sample = config.sampling_steps and not stopped and (last or step % config.sampling_steps == 0)
-        if not (save or sample or step % config.log_every == 0):
+        sample = config.sampling_steps and not stopped and (last or due(step, config.sampling_steps, first=100))
+        keep_ema = config.ema_power and step % config.ema_snapshot_steps == 0
+        if not (save or sample or keep_ema or due(step, config.log_every)):
             continue
 
         # Log, save, sample. Only weights whose last step was applied are saved.
@@ -192,6 +208,8 @@ def fit(run: Run) -> None:
             log_metrics(run, row, progress)
         if save and healthy:
             save_checkpoint(run, step)
+        if keep_ema and rank0:
+            save_snapshots(config.run_dir, step, run.emas)
         if sample and rank0:
             log_samples(run, step)
         if save and rank0:

@@ -99,12 +99,13 @@ def load_weights(module: nn.Module, path: Path) -> None:
         raise ValueError(f"damaged checkpoint: {path}: {error}; use an older one") from error
 
 
-def load_sit(path: str | Path) -> tuple[SiT, dict[str, Any]]:
-    """The SiT to sample with (the EMA weights), on the CPU in float32, in eval mode and frozen.
+def load_sit(path: str | Path, ema: str | None = None) -> tuple[SiT, dict[str, Any]]:
+    """The SiT to sample with (EMA weights), on the CPU in float32, in eval mode and frozen.
 
     Args:
         path: a checkpoint `<run>/checkpoints/<step>`; or a run's directory, whose newest checkpoint is taken; or a file
             of SiT's, REPA's or SRA's (.pt, or .safetensors).
+        ema: which of a run's EMAs, by its decay, such as "0.999" or "power-0.05"; None: the first.
 
     Returns:
         The model, and what is known of it: `source` (the directory or file), `format` (ours is "vae-repa"), `read_as`
@@ -132,12 +133,17 @@ def load_sit(path: str | Path) -> tuple[SiT, dict[str, Any]]:
     state = read_state(directory)
     config_file = verified_file(directory, "config.json", state)
     model = SiT(SiTConfig.from_dict(json.loads(config_file.read_text()), config_file))
-    load_weights(model, verified_file(directory, "ema.safetensors", state))
+    known = {name.removesuffix(".safetensors").removeprefix("ema-"): name for name in state["digests"]}
+    known = {name: file for name, file in known.items() if file.startswith("ema")}
+    weights = "ema.safetensors" if ema is None else known.get(ema)
+    if weights is None:
+        raise ValueError(f"--ema: expected one of {', '.join(sorted(known))} in {directory}, found {ema}")
+    load_weights(model, verified_file(directory, weights, state))
     info = state | {
         "source": str(directory),
         "format": "vae-repa",
-        "read_as": f"step {state['step']} of this project, EMA weights",
-        "digest": state["digests"]["ema.safetensors"],
+        "read_as": f"step {state['step']} of this project, {weights.removesuffix('.safetensors').upper()} weights",
+        "digest": state["digests"][weights],
         "scale": LatentScale.from_dict(state["scale"]),
     }
     return model.eval().requires_grad_(False), info

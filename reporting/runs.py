@@ -267,7 +267,7 @@ def _is_from(samples: Samples, run: Run) -> bool:
     """Whether a run's checkpoint is what they were drawn from: by its digest, or by its path if that one is gone."""
     state = read_json(run.directory / "checkpoints" / f"{samples.step:07d}" / "state.json")
     if state:
-        return (state.get("digests") or {}).get("ema.safetensors") == samples.settings.get("checkpoint_digest")
+        return samples.settings.get("checkpoint_digest") in (state.get("digests") or {}).values()
     return bool(samples.checkpoint.name) and run.directory.resolve() == samples.checkpoint.resolve().parent.parent
 
 

@@ -59,7 +59,7 @@ def test_round_trip_restores_every_tensor(tmp_path):
         "state.json",
     }
     other, other_ema, other_optimizer = make(1)
-    load_checkpoint(folder, other, other_ema, other_optimizer)
+    load_checkpoint(folder, other, {"ema": other_ema}, other_optimizer)
     assert load.read_state(folder)["step"] == 7
     assert equal(model.state_dict(), other.state_dict())
     assert equal(ema.state_dict(), other_ema.state_dict())
@@ -107,7 +107,7 @@ def test_what_is_written_in_the_background_is_what_was_given(tmp_path, monkeypat
     go, write = threading.Event(), checkpoint.write_checkpoint
     monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *arguments: go.wait(60) and write(*arguments))
     writer = checkpoint.CheckpointWriter(tmp_path, keep_last=1, keep_every=0)
-    writer.save(1, checkpoint.snapshot(model, ema, optimizer), INFO)
+    writer.save(1, checkpoint.snapshot(model, {"ema": ema}, optimizer), INFO)
     assert latest_checkpoint(tmp_path) is None  # training goes on
     with torch.no_grad():
         for parameter in model.parameters():
@@ -117,10 +117,10 @@ def test_what_is_written_in_the_background_is_what_was_given(tmp_path, monkeypat
     go.set()
     writer.finish()
     other, other_ema, other_optimizer = make(1)
-    load_checkpoint(tmp_path / "checkpoints" / "0000001", other, other_ema, other_optimizer)
+    load_checkpoint(tmp_path / "checkpoints" / "0000001", other, {"ema": other_ema}, other_optimizer)
     assert equal(before, other.state_dict())
     assert all(equal(moments[key], values) for key, values in other_optimizer.state_dict()["state"].items())
-    writer.save(2, checkpoint.snapshot(model, ema, None), INFO)
+    writer.save(2, checkpoint.snapshot(model, {"ema": ema}, None), INFO)
     writer.finish()
     assert [path.name for path in load.checkpoints(tmp_path)] == ["0000002"]
 
@@ -149,7 +149,7 @@ def test_a_changed_byte_is_found_and_nothing_is_loaded(tmp_path, name):
             load_sit(folder)
     if name != "config.json":
         with pytest.raises(ValueError, match=f"damaged checkpoint.*{name}"):
-            load_checkpoint(folder, other, other_ema, other_optimizer)
+            load_checkpoint(folder, other, {"ema": other_ema}, other_optimizer)
     assert equal(before, other.state_dict())
 
 
@@ -188,7 +188,7 @@ def test_pickles_are_not_run(tmp_path):
     state["digests"]["optimizer.pt"] = sha256(folder / "optimizer.pt")
     (folder / "state.json").write_text(to_checksummed_json(state))
     with pytest.raises(ValueError, match=r"cannot read .*optimizer\.pt"):
-        load_checkpoint(folder, model, ema, optimizer)
+        load_checkpoint(folder, model, {"ema": ema}, optimizer)
     assert not (tmp_path / "owned").exists()
 
 

@@ -15,9 +15,11 @@ from training.config import TrainConfig
 from training.optimizer import (
     consolidate_state,
     fix_loaded_state,
+    learning_rate_at,
     local_optimizer,
     make_optimizer,
     release_process_group,
+    set_learning_rate,
     skip_step_if,
 )
 
@@ -86,7 +88,7 @@ def divided(folder: Path) -> None:
     train(again, first, 0, 6, refused=(2,))
     continued = make_optimizer(CONFIG, again.parameters())
     continued.load_state_dict(whole)
-    fix_loaded_state(continued, 1e-2)
+    fix_loaded_state(continued)
     train(again, continued, 6, 12, refused=(7,))
     resumed = all(map(torch.equal, again.parameters(), plain.parameters()))
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -126,8 +128,37 @@ def test_a_changed_learning_rate_holds_after_loading():
     train(model, optimizer, 0, 1)
     other = make_optimizer(CONFIG, network().parameters())
     other.load_state_dict(optimizer.state_dict())
-    fix_loaded_state(other, 0.5)
+    set_learning_rate(other, 0.5)
     assert [group["lr"] for group in other.param_groups] == [0.5]
+
+
+def rates(steps, **settings):
+    config = TrainConfig(data_dir="", learning_rate=1.0, max_train_steps=10, lr_decay_steps=10, **settings)
+    return [learning_rate_at(config, step) for step in steps]
+
+
+def test_learning_rate_is_a_function_of_the_step_by_formula():
+    assert rates(range(4)) == [1.0] * 4
+    assert rates(range(5), lr_warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0]
+    linear = rates(range(12), lr_schedule="linear", lr_warmup_steps=2, lr_final=0.2)
+    assert linear == pytest.approx([0.5, 1.0, *(1 - 0.1 * k for k in range(1, 9)), 0.2, 0.2])
+    cosine = rates([1, 5, 9, 20], lr_schedule="cosine", lr_warmup_steps=2, lr_final=0.2)
+    assert cosine == pytest.approx([1.0, 0.6, 0.2, 0.2])
+    root = rates([3, 15, 63], lr_schedule="inverse-sqrt", lr_warmup_steps=4)
+    assert root == pytest.approx([1.0, 0.5, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"lr_schedule": "cosine", "lr_warmup_steps": 10}, "--lr-decay-steps: expected more than the 10"),
+        ({"lr_schedule": "inverse-sqrt"}, "--lr-warmup-steps: expected 1 or more"),
+        ({"lr_final": -1.0}, "--lr-final"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        rates([0], **wrong)
 
 
 def test_zero1_refuses_float16():

@@ -196,6 +196,7 @@ CHANGES = {
     "align_target": "mean", "batch_size": 4, "learning_rate": 1e-4, "adam_beta1": 0.5, "adam_beta2": 0.5,
     "adam_weight_decay": 0.5, "adam_epsilon": 1e-3, "max_grad_norm": 0.01, "label_dropout": 1.0, "random_flip": True,
     "mixed_precision": "bf16", "num_classes": 4, "ema_decay": 0.5, "max_train_steps": 3,
+    "lr_schedule": "linear", "lr_warmup_steps": 2, "ema_warmup": True,
 }  # fmt: skip
 
 
@@ -207,7 +208,7 @@ def test_every_flag_of_the_method_changes_the_result(name, data, tmp_path, plain
     folder = run(data, tmp_path, **{"label_dropout": 0.5, name: value})
     model, ema, _ = plain
     assert not same(weights(folder, "ema"), ema)
-    assert same(weights(folder), model) == (name == "ema_decay")
+    assert same(weights(folder), model) == name.startswith("ema_")
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +313,7 @@ def test_every_flag_is_either_free_on_resume_or_tested_above():
     elsewhere = {
         "allow_tf32",  # shows on a GPU alone
         "skip_spikes", "spike_factor",  # below
+        "lr_decay_steps", "lr_final", "ema_power",  # in test_optimizer.py, test_posthoc_ema.py
     }  # fmt: skip
     tested = set(CHANGES) | set(JOINT_CHANGES)
     assert {field.name for field in dataclasses.fields(TrainConfig)} == (
@@ -331,9 +333,9 @@ def test_alignment_leaves_the_initial_backbone_and_first_velocity_loss_alone(dat
 def test_logs_hold_what_is_promised(data, tmp_path, plain):
     folder = run(data, tmp_path, max_train_steps=4, log_every=2)
     rows = read_log(folder)
-    assert [row["step"] for row in rows] == [2, 4]
+    assert [row["step"] for row in rows] == [1, 2, 4]
     for row in rows:
-        assert set(row) == {"step", "epoch", "loss", "velocity", "align_vae", "grad_norm", "skipped_steps",
+        assert set(row) == {"step", "epoch", "loss", "velocity", "align_vae", "grad_norm", "learning_rate", "skipped_steps",
                             "spikes", "images_per_second", "memory_gib", "eta_seconds"}  # fmt: skip
         assert row["epoch"] == row["step"] * 6 / 24
         assert row["loss"] == pytest.approx(row["velocity"] + row["align_vae"], rel=1e-6)
@@ -351,9 +353,16 @@ def test_logs_hold_what_is_promised(data, tmp_path, plain):
 def test_a_row_is_the_mean_of_its_steps(data, tmp_path):
     one = read_log(run(data, tmp_path / "a", max_train_steps=4))
     two = read_log(run(data, tmp_path / "b", max_train_steps=4, log_every=2))
-    for k, row in enumerate(two):
-        for name in ("loss", "velocity", "align_vae", "grad_norm"):
-            assert row[name] == pytest.approx((one[2 * k][name] + one[2 * k + 1][name]) / 2, rel=1e-6)
+    assert [row["step"] for row in two] == [1, 2, 4]
+    for name in ("loss", "velocity", "align_vae", "grad_norm"):
+        assert [row[name] for row in two[:2]] == [row[name] for row in one[:2]]
+        assert two[2][name] == pytest.approx((one[2][name] + one[3][name]) / 2, rel=1e-6)
+
+
+def test_what_is_due_comes_often_at_first_and_then_every_so_many_steps():
+    assert [step for step in range(1, 350) if train.due(step, 100)] == [1, 2, 5, 10, 20, 50, 100, 200, 300]
+    steps = [step for step in range(1, 30_001) if train.due(step, 10_000, first=100)]
+    assert steps == [100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 30_000]
 
 
 def test_checkpoints_every_k_steps_and_at_the_end_with_rotation(data, tmp_path):
@@ -387,8 +396,8 @@ def test_a_vae_that_did_not_make_the_store_is_refused(tmp_path):
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
     spoil(monkeypatch, {"total": dict.fromkeys(range(3, 20), math.inf)})
     message = (
-        r"found 4 steps in a row that were not applied \(--max-bad-steps 4\): 2 steps up to step 6, the first of them "
-        r"step 5, had loss, grad_norm that are not finite; the last good checkpoint is .*0000002; fix"
+        r"found 4 steps in a row that were not applied \(--max-bad-steps 4\): 1 steps up to step 6, the first of them "
+        r"step 6, had loss, grad_norm that are not finite; the last good checkpoint is .*0000002; fix"
     )
     warned = pytest.warns(UserWarning, match=r"2 steps up to step 4, the first of them step 3, .*they were not applied")
     with warned, pytest.raises(ValueError, match=message) as error:
@@ -586,7 +595,7 @@ def test_defaults_are_the_papers():
     assert (config.batch_size, config.learning_rate, config.adam_weight_decay) == (256, 1e-4, 0)
     assert (config.align, config.align_weight, config.align_beta, config.align_layers) == ("vae", 1.0, 0.05, 5)
     assert (config.align_objective, config.align_time_range) == ("smooth_l1", (0.0, 1.0))
-    assert (config.label_dropout, config.ema_decay, config.max_grad_norm) == (0.1, 0.9999, 1.0)
+    assert (config.label_dropout, config.ema_decay, config.max_grad_norm) == (0.1, (0.9999,), 1.0)
 
 
 def test_a_profile_is_a_trace_of_steady_steps(data, tmp_path, plain):

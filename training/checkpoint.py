@@ -13,6 +13,7 @@ import shutil
 import sys
 import threading
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def make_records(
 
 def snapshot(
     model: nn.Module,
-    ema: SiT,
+    emas: Mapping[str, SiT],
     optimizer: torch.optim.Optimizer | None,
     scaler: torch.amp.GradScaler | None = None,
     guard: dict[str, torch.Tensor] | None = None,
@@ -62,7 +63,7 @@ def snapshot(
 
     Args:
         model: the trained module, not wrapped by DDP.
-        ema: the EMA, which is sampled from.
+        emas: the EMAs by name, such as "ema".
         optimizer: of `model`; `None` leaves `optimizer.pt` out (such a checkpoint can be sampled from, not resumed).
         scaler: of float16 training.
         guard: what else the next step depends on.
@@ -70,9 +71,10 @@ def snapshot(
     state = None
     if optimizer is not None:
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None, "guard": guard}
-    content = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": state}
+    networks = {name: network.state_dict() for name, network in {"model": model, **emas}.items()}
+    content = {"networks": networks, "optimizer": state}
     copies = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True).contiguous(), content)
-    return copies | {"config": ema.config}
+    return copies | {"config": next(iter(emas.values())).config}
 
 
 def write_checkpoint(run_dir: str | Path, step: int, content: dict[str, Any], info: dict[str, Any]) -> Path:
@@ -81,7 +83,7 @@ def write_checkpoint(run_dir: str | Path, step: int, content: dict[str, Any], in
     Args:
         run_dir: the run's directory.
         step: optimizer steps done.
-        content: as `snapshot` gives it.
+        content: as `snapshot` gives it; a checkpoint that is only sampled from needs no other network than "ema".
         info: JSON values that sampling and resuming need: at least `scale` (`LatentScale.to_dict()`), `vae`,
             `vae_digest`, `resolution`, `class_names`, `path_type`.
 
@@ -95,8 +97,8 @@ def write_checkpoint(run_dir: str | Path, step: int, content: dict[str, Any], in
     try:
         partial.mkdir()
         (partial / "config.json").write_text(json.dumps(content["config"].to_dict(), indent=2) + "\n")
-        save_file(content["ema"], partial / "ema.safetensors")
-        save_file(content["model"], partial / "model.safetensors")
+        for name, weights in content["networks"].items():
+            save_file(weights, partial / f"{name}.safetensors")
         if content["optimizer"] is not None:
             torch.save(content["optimizer"], partial / "optimizer.pt")
         digests = {file.name: sha256(file) for file in sorted(partial.iterdir())}
@@ -206,7 +208,7 @@ def verify_checkpoint(directory: str | Path) -> dict[str, Any]:
 def load_checkpoint(
     directory: str | Path,
     model: nn.Module,
-    ema: SiT,
+    emas: Mapping[str, SiT],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None = None,
     verify: bool = True,
@@ -220,12 +222,11 @@ def load_checkpoint(
     """
     directory = Path(directory)
     state = read_state(directory)
-    names = ("model.safetensors", "ema.safetensors", "optimizer.pt")
-    model_file, ema_file, optimizer_file = (
-        verified_file(directory, name, state) if verify else directory / name for name in names
-    )
-    load_weights(model, model_file)
-    load_weights(ema, ema_file)
+    networks = {"model": model, **emas}
+    names = [*(f"{name}.safetensors" for name in networks), "optimizer.pt"]
+    *files, optimizer_file = (verified_file(directory, name, state) if verify else directory / name for name in names)
+    for network, file in zip(networks.values(), files, strict=True):
+        load_weights(network, file)
     try:
         saved = torch.load(optimizer_file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:

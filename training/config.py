@@ -14,6 +14,7 @@ from pathlib import Path
 
 from alignment.settings import AlignmentSettings
 from runtime.cli import REQUIRED, check, flag
+from runtime.files import Field
 
 _data = partial(flag, group="data")
 _run = partial(flag, group="run")
@@ -47,20 +48,24 @@ class RunSettings:
     path_type: str = _model("linear", "path between data and noise (Eq. 1)", choices=("linear", "cosine"))
 
 
+# Records of runs with a single EMA hold a number.
+_DECAY = Field((0.9999,), read_old=lambda value: value if isinstance(value, tuple) else (value,))
 _RANGES = (
     (
         "batch_size gradient_accumulation_steps max_train_steps checkpointing_steps keep_last log_every sampling_count "
-        "sampling_num_steps max_bad_steps timeout",
+        "sampling_num_steps max_bad_steps timeout ema_snapshot_steps",
         lambda value: value >= 1,
         "at least 1",
     ),
     (
-        "sampling_steps num_workers grad_checkpoint profile keep_every adam_weight_decay",
+        "sampling_steps num_workers grad_checkpoint profile keep_every adam_weight_decay lr_warmup_steps lr_final",
         lambda value: value >= 0,
         "at least 0",
     ),
     ("learning_rate max_grad_norm adam_epsilon spike_factor", lambda value: value > 0, "more than 0"),
-    ("ema_decay label_dropout", lambda value: 0 <= value <= 1, "a value in [0, 1]"),
+    ("label_dropout", lambda value: 0 <= value <= 1, "a value in [0, 1]"),
+    ("ema_decay", lambda values: all(0 <= value <= 1 for value in values), "values in [0, 1]"),
+    ("ema_power", lambda values: all(0 < value < 0.288 for value in values), "relative widths in (0, 0.288)"),
     ("adam_beta1 adam_beta2", lambda value: 0 <= value < 1, "a value in [0, 1)"),
 )
 
@@ -72,13 +77,41 @@ class TrainConfig(AlignmentSettings, RunSettings):
     batch_size: int = _optimisation(256, "images per step, over all processes and accumulation steps")
     gradient_accumulation_steps: int = _optimisation(1, "micro-batches per step and process", on_resume="free")
     max_train_steps: int = _optimisation(400_000, "steps in all", on_resume="free")
-    learning_rate: float = _optimisation(1e-4, "constant learning rate of AdamW", on_resume="announced")
+    learning_rate: float = _optimisation(
+        1e-4, "AdamW's learning rate, the highest of a schedule", on_resume="announced"
+    )
+    lr_schedule: str = _optimisation(
+        "constant",
+        "after the warm-up: constant; cosine or linear, to --lr-final; inverse-sqrt, to sqrt(warm-up / step) of it",
+        choices=("constant", "cosine", "linear", "inverse-sqrt"),
+        on_resume="announced",
+    )
+    lr_warmup_steps: int = _optimisation(0, "steps over which it rises in a straight line", on_resume="announced")
+    lr_decay_steps: int | None = _optimisation(
+        None, "step at which cosine and linear reach --lr-final; by default --max-train-steps", on_resume="announced"
+    )
+    lr_final: float = _optimisation(0.0, "learning rate at the end of cosine and linear", on_resume="announced")
     adam_beta1: float = _optimisation(0.9, "AdamW's decay of the first moment")
     adam_beta2: float = _optimisation(0.999, "AdamW's decay of the second moment")
     adam_weight_decay: float = _optimisation(0.0, "AdamW's weight decay")
     adam_epsilon: float = _optimisation(1e-8, "AdamW's epsilon")
     max_grad_norm: float = _optimisation(1.0, "largest global norm of the gradients (inf: any)", on_resume="announced")
-    ema_decay: float = _optimisation(0.9999, "decay of the EMA per step")
+    ema_decay: tuple[float, ...] = _optimisation(
+        (0.9999,),
+        "decay of the EMA per step; several: an EMA each, of which grids and sra use the first",
+        record=_DECAY,
+    )
+    ema_power: tuple[float, ...] = _optimisation(
+        (), "further EMAs of EDM2's power functions, by relative width sigma_rel, such as 0.05 0.1", metavar="SIGMA"
+    )
+    ema_snapshot_steps: int = _optimisation(
+        5_000, "keep those in half precision every so many steps, for analysis.posthoc_ema", on_resume="free"
+    )
+    ema_warmup: bool | None = _optimisation(
+        None,
+        "lower decays at first, min(d, (1 + k) / (10 + k)) after k steps; with --init-from unless set",
+        record=Field(False),
+    )
     label_dropout: float = _optimisation(0.1, "share of labels dropped, for guidance", aliases=("--cfg-prob",))
 
     max_bad_steps: int = _stability(
@@ -121,6 +154,12 @@ class TrainConfig(AlignmentSettings, RunSettings):
         for names, holds, expected in _RANGES:
             for name in names.split():
                 check(self, name, holds(getattr(self, name)), expected)
+        if self.lr_schedule in ("cosine", "linear"):
+            end, begin = self.lr_decay_steps or self.max_train_steps, self.lr_warmup_steps
+            if end <= begin:
+                raise ValueError(f"--lr-decay-steps: expected more than the {begin} of --lr-warmup-steps, found {end}")
+        rises = self.lr_warmup_steps or self.lr_schedule != "inverse-sqrt"
+        check(self, "lr_warmup_steps", rises, "1 or more with --lr-schedule inverse-sqrt")
 
     @property
     def run_dir(self) -> Path:

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from models.load import latest_checkpoint
+from training.optimizer import learning_rate_at
 
 if TYPE_CHECKING:  # setup imports this module
     from training.setup import Run
@@ -50,6 +51,7 @@ def collect_metrics(run: Run, step: int, begin: float) -> tuple[dict[str, float]
         "step": step,
         "epoch": step * config.batch_size / len(run.store),
         **stats.means,
+        "learning_rate": learning_rate_at(config, step - 1),
         "skipped_steps": stats.skipped,
         "spikes": stats.spikes,
         "images_per_second": config.batch_size / seconds,

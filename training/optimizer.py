@@ -6,6 +6,7 @@ same numbers, in less memory. Checkpoints hold the whole state either way, so th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,30 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> t
     return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, parameters_as_bucket_view=False, **settings)
 
 
+def learning_rate_at(config: TrainConfig, step: int) -> float:
+    """The learning rate of an optimizer step, counted from 0: a function of the step alone.
+
+    Rises over w = `lr_warmup_steps` as (step + 1) / w; then stays, falls to `lr_final` at step `lr_decay_steps` along
+    a line or half a cosine, or falls as sqrt(w / (step + 1)).
+    """
+    peak, warmup, final, done = config.learning_rate, config.lr_warmup_steps, config.lr_final, step + 1
+    if done <= warmup:
+        return peak * done / warmup
+    if config.lr_schedule == "constant":
+        return peak
+    if config.lr_schedule == "inverse-sqrt":
+        return peak * math.sqrt(warmup / done)
+    share = min(1.0, (done - warmup) / (config.lr_decay_steps - warmup))
+    share = share if config.lr_schedule == "linear" else 0.5 * (1 - math.cos(math.pi * share))
+    return peak + (final - peak) * share
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Let the next step use it."""
+    for group in (*optimizer.param_groups, *local_optimizer(optimizer).param_groups):
+        group["lr"] = learning_rate
+
+
 def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The AdamW that this rank steps: of all parameters, or of its shard."""
     return getattr(optimizer, "optim", optimizer)
@@ -49,12 +74,9 @@ def consolidate_state(optimizer: torch.optim.Optimizer) -> None:
         optimizer.consolidate_state_dict(to=0)
 
 
-def fix_loaded_state(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Make a state that has just been loaded fit for the next step; the learning rate may have been changed since."""
-    own = local_optimizer(optimizer)
-    for group in (*optimizer.param_groups, *own.param_groups):
-        group["lr"] = learning_rate
-    for parameter, values in own.state.items():
+def fix_loaded_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make a state that has just been loaded fit for the next step."""
+    for parameter, values in local_optimizer(optimizer).state.items():
         # The fused kernel counts steps where it computes; a sharded state comes with its counts on the host.
         values["step"] = values["step"].to(parameter.device)
 

@@ -32,7 +32,7 @@ from runtime.loading import loading
 from runtime.seeding import block_generator, step_generator
 from training.checkpoint import CheckpointWriter, load_checkpoint, make_records
 from training.config import TrainConfig
-from training.ema import EMAUpdater
+from training.ema import EMAUpdater, decays
 from training.nonfinite import StepGuard
 from training.optimizer import fix_loaded_state, make_optimizer
 from training.preemption import ignore_signals
@@ -50,7 +50,7 @@ class Run:
     loader: DataLoader
     model: torch.nn.Module  # AlignedSiT, wrapped by DDP when there are several processes
     sit: SiT  # the backbone inside `model`
-    ema: SiT
+    emas: dict[str, SiT]  # by name; grids and methods use the first, "ema"
     ema_updater: EMAUpdater
     optimizer: torch.optim.Optimizer
     guard: StepGuard
@@ -66,6 +66,10 @@ class Run:
     def start(self) -> int:
         """Steps that were done before."""
         return self.sampler.start_step
+
+    @property
+    def ema(self) -> SiT:
+        return self.emas["ema"]
 
     @property
     def scale(self) -> LatentScale:
@@ -115,10 +119,12 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     sampler, loader = make_loader(config, store, accelerator, state["step"] if state else 0)
     vae = load_grid_vae(config, store, accelerator) if config.sampling_steps else None
 
-    # The networks. SiT, EMA and heads are functions of the seed or of --init-from, until a checkpoint is loaded.
+    # The networks. SiT, EMAs and heads are functions of the seed or of --init-from, until a checkpoint is loaded.
     source = load_sit(config.init_from) if config.init_from and not state else None
-    sit, ema = (network.to(accelerator.device) for network in build_sit(config, store, source))
-    methods = build_methods(config, store, sit, ema, accelerator)
+    sit = build_sit(config, store, source).to(accelerator.device)
+    emas = {name: copy.deepcopy(sit).eval().requires_grad_(False) for name in decays(config)}
+    sit.checkpoint_every = config.grad_checkpoint
+    methods = build_methods(config, store, sit, emas["ema"], accelerator)
     model = AlignedSiT(sit, make_heads(config, methods)).to(accelerator.device)
     if config.compile:
         for module in [*sit.blocks, *model.heads.values()]:
@@ -129,12 +135,11 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     terms = ["loss", "velocity", *(f"align_{term}" for term in model.heads), "grad_norm"]
     guard = StepGuard(terms, accelerator.device, config.spike_factor, config.skip_spikes)
     if checkpoint:
-        guard.load_state_dict(load_checkpoint(checkpoint, model, ema, optimizer, accelerator.scaler, verify=False))
-        fix_loaded_state(optimizer, config.learning_rate)
+        guard.load_state_dict(load_checkpoint(checkpoint, model, emas, optimizer, accelerator.scaler, verify=False))
+        fix_loaded_state(optimizer)
         accelerator.print(f"resuming from {checkpoint}")
     model = accelerator.prepare(model)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it is where the model is
-    ema_updater = EMAUpdater(ema, sit, config.ema_decay)
 
     # Records: lock, config.json, log, trackers.
     initial = initial_weights(source, state, config, accelerator)
@@ -148,8 +153,8 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
         loader,
         model,
         sit,
-        ema,
-        ema_updater,
+        emas,
+        EMAUpdater(emas.values(), sit, decays(config).values()),
         optimizer,
         guard,
         Interpolant(config.path_type),
@@ -178,6 +183,8 @@ def resolve(config: TrainConfig, store: LatentDataset, on_gpu: bool) -> TrainCon
         "mixed_precision": "bf16" if on_gpu else "no",
         "compile": on_gpu,
         "vae": store.meta["vae"],
+        "lr_decay_steps": config.max_train_steps,
+        "ema_warmup": config.init_from is not None,
     }
     config = dataclasses.replace(config, **{k: v for k, v in decided.items() if getattr(config, k) is None})
     fp16, R, K = config.mixed_precision == "fp16", store.meta["resolution"], store.num_classes
@@ -277,9 +284,9 @@ def build_methods(
     return {name: METHODS[name].build(context) for name in parse_align(config.align)}
 
 
-def build_sit(config: TrainConfig, store: LatentDataset, source: tuple[SiT, dict] | None) -> tuple[SiT, SiT]:
-    """The SiT and its EMA, equal before the first step: a function of the seed, whatever is aligned, or the weights of
-    `source`, as `load_sit` gives it."""
+def build_sit(config: TrainConfig, store: LatentDataset, source: tuple[SiT, dict] | None) -> SiT:
+    """The SiT before the first step: a function of the seed, whatever is aligned, or the weights of `source`, as
+    `load_sit` gives it."""
     channels, height, width = store.latent_shape
     if height != width:
         raise ValueError(f"expected square latents, found {height} x {width} in {config.data_dir}")
@@ -287,9 +294,7 @@ def build_sit(config: TrainConfig, store: LatentDataset, source: tuple[SiT, dict
     sit = SiT(SiTConfig.from_name(config.model, height, channels, config.num_classes))
     if source is not None:
         load_init_weights(config, sit, *source, store.scale)
-    ema = copy.deepcopy(sit).eval().requires_grad_(False)
-    sit.checkpoint_every = config.grad_checkpoint
-    return sit, ema
+    return sit
 
 
 def load_init_weights(config: TrainConfig, sit: SiT, source: SiT, info: dict, scale: LatentScale) -> None:
