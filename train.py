@@ -39,13 +39,7 @@ from sampling.generator import decode_latents, sample_latents
 from training.checkpoint import snapshot
 from training.ema import save_snapshots
 from training.metrics import collect_metrics, log_metrics
-from training.optimizer import (
-    consolidate_state,
-    learning_rate_at,
-    release_process_group,
-    set_learning_rate,
-    skip_step_if,
-)
+from training.optimizer import gather_state, learning_rate_at, release_process_group, set_learning_rate, skip_step_if
 from training.preemption import StopRequest, exit_code
 from training.setup import Run, describe, setup, warn_of_scale
 
@@ -151,12 +145,13 @@ def log_samples(run: Run, step: int) -> None:
 
 def save_checkpoint(run: Run, step: int) -> None:
     """Copy all that a checkpoint holds to the host on rank 0, and begin to write it. All ranks call this."""
-    optimizer, accelerator = run.optimizer.optimizer, run.accelerator
-    consolidate_state(optimizer)
-    if accelerator.is_main_process:
-        trained = accelerator.unwrap_model(run.model)
-        content = snapshot(trained, run.emas, optimizer, accelerator.scaler, run.guard.state_dict())
-        run.writer.save(step, content, run.state)
+    accelerator, state = run.accelerator, gather_state(run.optimizer.optimizer)
+    if not accelerator.is_main_process:
+        run.writer.follow()
+        return
+    trained = accelerator.unwrap_model(run.model)
+    content = snapshot(trained, run.emas, state, accelerator.scaler, run.guard.state_dict())
+    run.writer.save(step, content, run.state)
 
 
 def due(step: int, every: int, first: int = 1) -> bool:
@@ -219,12 +214,12 @@ def fit(run: Run) -> None:
         if stopped:
             break
 
-    # Every checkpoint is on the disk before the processes part.
+    # Every checkpoint is on the disk before the processes part, and before a signal ends one again.
     if profile:
         profile.stop()
+    run.writer.finish()
     stop.close()
     release_process_group(run.optimizer.optimizer)
-    run.writer.finish()
     if rank0:
         write_html_report(config)  # once more, with the last checkpoint
     if stopped and not last:

@@ -76,6 +76,9 @@ def read_state(directory: str | Path) -> dict[str, Any]:
         found = f"{state.get('format')} {state.get('version')} in {directory}"
         raise ValueError(f"expected a checkpoint of format {FORMAT} {VERSION}, found {found}")
     state = read_record(state, STATE, file)
+    name = Path(directory).absolute().name
+    if name.isdigit() and int(name) != state["step"]:
+        raise ValueError(f"expected the checkpoint of step {int(name)} in {directory}, found that of {state['step']}")
     return state | {"class_names": list(state["class_names"])}
 
 

@@ -60,6 +60,22 @@ def run_on_rank0(compute: Callable[[], Any]) -> Any:
     return message[0]
 
 
+def check_ranks_agree(values: dict[str, Any]) -> None:
+    """Compare what each rank has found by itself, such as on a disk of its own.
+
+    Raises:
+        ValueError: one has found something else than rank 0; the message names which of the `values`.
+    """
+    if not dist.is_initialized():
+        return
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, values)
+    for rank, other in enumerate(found):
+        for name, value in other.items():
+            if value != found[0][name]:
+                raise ValueError(f"expected the same {name} on all ranks, found another on rank {rank} than on rank 0")
+
+
 def barrier() -> None:
     """Return when every rank is here.
 

@@ -95,4 +95,6 @@ def make_store(
 
 def save_checkpoint(run_dir: Path, step: int, model, ema, optimizer, info: dict, scaler=None) -> Path:
     """A checkpoint of these objects, written at once."""
-    return write_checkpoint(run_dir, step, snapshot(model, {"ema": ema}, optimizer, scaler), info)
+    return write_checkpoint(
+        run_dir, step, snapshot(model, {"ema": ema}, optimizer and optimizer.state_dict(), scaler), info
+    )

@@ -107,7 +107,7 @@ def test_what_is_written_in_the_background_is_what_was_given(tmp_path, monkeypat
     go, write = threading.Event(), checkpoint.write_checkpoint
     monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *arguments: go.wait(60) and write(*arguments))
     writer = checkpoint.CheckpointWriter(tmp_path, keep_last=1, keep_every=0)
-    writer.save(1, checkpoint.snapshot(model, {"ema": ema}, optimizer), INFO)
+    writer.save(1, checkpoint.snapshot(model, {"ema": ema}, optimizer.state_dict()), INFO)
     assert latest_checkpoint(tmp_path) is None  # training goes on
     with torch.no_grad():
         for parameter in model.parameters():
@@ -207,3 +207,26 @@ def test_checksummed_json_that_has_changed_anywhere_is_found(tmp_path):
         file.write_bytes(text[:place])
         with pytest.raises(ValueError):  # noqa: PT011
             read_checksummed_json(file)
+
+
+def test_damaged_checkpoints_are_set_aside_and_never_counted_as_kept(tmp_path):
+    """Steps 1, 2, 3, of which 2 and 3 are damaged: resuming from 1 and saving must not leave the damaged ones alone."""
+    model, ema, optimizer = make(0)
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, model, ema, optimizer, INFO)
+    for step in (2, 3):
+        (tmp_path / "checkpoints" / f"{step:07d}" / "ema.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"resuming from .*0000001, 0000003 is now .*0000003.damaged"):
+        assert checkpoint.latest_valid_checkpoint(tmp_path).name == "0000001"
+    save_checkpoint(tmp_path, 2, model, ema, optimizer, INFO)
+    checkpoint.rotate_checkpoints(tmp_path, keep_last=2, keep_every=0)
+    assert [path.name for path in load.checkpoints(tmp_path)] == ["0000001", "0000002"]
+    assert checkpoint.latest_valid_checkpoint(tmp_path).name == "0000002"
+
+
+def test_the_step_is_the_records_not_the_directorys(tmp_path):
+    folder = save_checkpoint(tmp_path, 1, *make(0), INFO)
+    renamed = folder.rename(folder.with_name("0000005"))
+    with pytest.raises(ValueError, match=r"expected the checkpoint of step 5 in .*0000005, found that of 1"):
+        checkpoint.latest_valid_checkpoint(tmp_path)
+    assert renamed.is_dir()

@@ -13,8 +13,8 @@ from torch import nn
 
 from training.config import TrainConfig
 from training.optimizer import (
-    consolidate_state,
     fix_loaded_state,
+    gather_state,
     learning_rate_at,
     local_optimizer,
     make_optimizer,
@@ -71,8 +71,8 @@ def divided(folder: Path) -> None:
     optimizer = make_optimizer(CONFIG, model.parameters())
     train(model, optimizer, 0, 6, refused=(2,))
     share = sum(values["exp_avg"].numel() for values in local_optimizer(optimizer).state.values())
-    consolidate_state(optimizer)
-    gathered = optimizer.state_dict() if rank == 0 else None
+    gathered = gather_state(optimizer)
+    assert (gathered is None) == (rank > 0)
     if rank == 0:
         assert gathered["state"].keys() == whole["state"].keys()
         for key, values in whole["state"].items():

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import pickle
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -55,7 +58,7 @@ def make_records(
 def snapshot(
     model: nn.Module,
     emas: Mapping[str, SiT],
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: dict[str, Any] | None,
     scaler: torch.amp.GradScaler | None = None,
     guard: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
@@ -64,13 +67,13 @@ def snapshot(
     Args:
         model: the trained module, not wrapped by DDP.
         emas: the EMAs by name, such as "ema".
-        optimizer: of `model`; `None` leaves `optimizer.pt` out (such a checkpoint can be sampled from, not resumed).
+        optimizer: its state; `None` leaves `optimizer.pt` out (such a checkpoint can be sampled from, not resumed).
         scaler: of float16 training.
         guard: what else the next step depends on.
     """
     state = None
     if optimizer is not None:
-        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None, "guard": guard}
+        state = {"optimizer": optimizer, "scaler": scaler.state_dict() if scaler else None, "guard": guard}
     networks = {name: network.state_dict() for name, network in {"model": model, **emas}.items()}
     content = {"networks": networks, "optimizer": state}
     copies = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True).contiguous(), content)
@@ -117,15 +120,20 @@ def write_checkpoint(run_dir: str | Path, step: int, content: dict[str, Any], in
 
 
 class CheckpointWriter:
-    """Writes checkpoints of a run in a thread, one at a time, and rotates them.
+    """Writes checkpoints of a run in a thread of rank 0, one at a time, and rotates them. Every rank has one, and can
+    wait until the last is written: a launcher ends all ranks when one leaves.
 
     A failure is reported, what there was stays whole, and training continues to the next checkpoint.
     """
 
-    def __init__(self, run_dir: str | Path, keep_last: int, keep_every: int):
+    def __init__(self, run_dir: str | Path, keep_last: int, keep_every: int, timeout: int = 600):
         self.run_dir, self.keep_last, self.keep_every = Path(run_dir), keep_last, keep_every
         self.thread: threading.Thread | None = None
         self.error: ValueError | None = None
+        # Of its own: the thread must not come between what the ranks exchange in the steps.
+        several, limit = dist.is_initialized(), datetime.timedelta(seconds=timeout)
+        self.group = dist.new_group(backend="gloo", timeout=limit) if several else None
+        self.written: dist.Work | None = None  # on the other ranks
 
     def save(self, step: int, content: dict[str, Any], info: dict[str, Any]) -> None:
         """Begin to write; waits only for an earlier one that is still being written."""
@@ -133,10 +141,19 @@ class CheckpointWriter:
         self.thread = threading.Thread(target=self._write, args=(step, content, info), name="checkpoint writer")
         self.thread.start()
 
+    def follow(self) -> None:
+        """On the other ranks, where rank 0 calls `save`."""
+        self.wait()
+        self.written = dist.barrier(self.group, async_op=True)
+
     def wait(self) -> None:
-        """Return when nothing is being written."""
+        """Return when nothing is being written, by this rank or rank 0."""
         if self.thread is not None:
             self.thread.join()
+        if self.written is not None:
+            with contextlib.suppress(RuntimeError):  # rank 0 is gone
+                self.written.wait()
+            self.written = None
 
     def finish(self) -> None:
         """`wait`, then:
@@ -149,6 +166,14 @@ class CheckpointWriter:
             raise self.error
 
     def _write(self, step: int, content: dict[str, Any], info: dict[str, Any]) -> None:
+        try:
+            self._write_and_rotate(step, content, info)
+        finally:
+            if self.group:
+                with contextlib.suppress(RuntimeError):  # another rank is gone
+                    dist.barrier(self.group)
+
+    def _write_and_rotate(self, step: int, content: dict[str, Any], info: dict[str, Any]) -> None:
         try:
             write_checkpoint(self.run_dir, step, content, info)
             self.error = None
@@ -173,23 +198,28 @@ def rotate_checkpoints(run_dir: str | Path, keep_last: int, keep_every: int) -> 
 
 
 def latest_valid_checkpoint(run_dir: str | Path) -> Path | None:
-    """The newest checkpoint whose files have their recorded digests; damaged ones are named and passed over.
+    """The newest checkpoint whose files have their recorded digests. Newer ones are damaged: they are named and set
+    aside, as `<step>.damaged`, so that no rotation counts them.
 
     Raises:
         ValueError: there are checkpoints, and all are damaged.
     """
-    errors = []
+    damaged: dict[Path, ValueError] = {}
     for directory in reversed(checkpoints(run_dir)):
         try:
             verify_checkpoint(directory)
         except ValueError as error:
-            errors.append(error)
+            damaged[directory] = error
             continue
-        if errors:
-            warnings.warn(f"{errors[0]}: resuming from {directory}", stacklevel=2)
+        for path, error in damaged.items():
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            os.replace(path, aside)
+            warnings.warn(f"{error}: resuming from {directory}, {path.name} is now {aside}", stacklevel=2)
         return directory
-    if errors:
-        raise ValueError(f"expected a whole checkpoint in {run_dir}, found {len(errors)} damaged: {errors[0]}")
+    if damaged:
+        first = next(iter(damaged.values()))
+        raise ValueError(f"expected a whole checkpoint in {run_dir}, found {len(damaged)} damaged: {first}")
     return None
 
 

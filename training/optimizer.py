@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +68,34 @@ def skip_step_if(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
     local_optimizer(optimizer).found_inf = skipped
 
 
-def consolidate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Bring the whole state to rank 0, whose `state_dict` then gives it. All ranks call this."""
-    if local_optimizer(optimizer) is not optimizer:
-        optimizer.consolidate_state_dict(to=0)
+def gather_state(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """The whole `state_dict`, on rank 0; None elsewhere, if it is sharded. All ranks call this.
+
+    Tensors are sent as such, one at a time: ZeroRedundancyOptimizer's own way goes through lists of bytes in Python.
+    """
+    own, rank = local_optimizer(optimizer), torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    if own is optimizer:
+        return optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    mine = {index: own.state[p]["step"].item() for index, p in enumerate(parameters) if p in own.state}
+    shards: list[dict[int, float]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shards, mine)
+    state: dict[int, dict[str, Tensor]] = {}
+    for owner, steps in enumerate(shards):
+        for index, step in steps.items():
+            if rank not in (0, owner):
+                continue
+            moments = {"step": torch.tensor(step)}
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = own.state[parameters[index]][name] if rank == owner else torch.empty_like(parameters[index])
+                if rank < owner:
+                    torch.distributed.recv(moment, owner)
+                elif rank:
+                    torch.distributed.send(moment, 0)
+                moments[name] = moment if rank else moment.detach().cpu()
+            state[index] = moments
+    groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
+    return None if rank else {"state": dict(sorted(state.items())), "param_groups": groups}
 
 
 def fix_loaded_state(optimizer: torch.optim.Optimizer) -> None:

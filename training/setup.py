@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch.utils.data import DataLoader
 
 from alignment.registry import METHODS, needs_of, parse_align
@@ -26,7 +26,7 @@ from models.sit import SiT, SiTConfig
 from models.vae import UNKNOWN_VAE, LatentScale, check_vae, load_vae
 from reporting.log import RunLog
 from runtime.cli import check
-from runtime.distributed import allow_tf32
+from runtime.distributed import allow_tf32, check_ranks_agree, run_on_rank0
 from runtime.files import sha256, to_json, write_atomically
 from runtime.loading import loading
 from runtime.seeding import block_generator, step_generator
@@ -105,8 +105,9 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     Raises:
         ValueError: settings, data, VAE, weights or the run's directory do not fit each other.
     """
-    # Where the run stands: its checkpoint, its settings, its data.
-    checkpoint = find_resume_checkpoint(config)
+    # Where the run stands, as rank 0 sees it: its checkpoint, its settings, its data.
+    PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(seconds=config.timeout))
+    checkpoint = run_on_rank0(lambda: find_resume_checkpoint(config))
     state = read_state(checkpoint) if checkpoint else None
     if state:
         config = resumed_config(config, given, state["config"], checkpoint / "state.json")
@@ -126,9 +127,8 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     sit.checkpoint_every = config.grad_checkpoint
     methods = build_methods(config, store, sit, emas["ema"], accelerator)
     model = AlignedSiT(sit, make_heads(config, methods)).to(accelerator.device)
-    if config.compile:
-        for module in [*sit.blocks, *model.heads.values()]:
-            module.compile(fullgraph=True, dynamic=False)
+    for module in [*sit.blocks, *model.heads.values()] if config.compile else ():
+        module.compile(fullgraph=True, dynamic=False)
 
     # What changes with every step.
     optimizer = make_optimizer(config, model.parameters())
@@ -144,7 +144,6 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     # Records: lock, config.json, log, trackers.
     initial = initial_weights(source, state, config, accelerator)
     record, state = make_records(config, store, initial, accelerator.num_processes)
-    lock, log = start_records(config, record, sampler.start_step, accelerator)
     return Run(
         config,
         accelerator,
@@ -161,9 +160,8 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
         methods,
         vae,
         state,
-        CheckpointWriter(config.run_dir, config.keep_last, config.keep_every),
-        log,
-        lock,
+        CheckpointWriter(config.run_dir, config.keep_last, config.keep_every, config.timeout),
+        *start_records(config, record, sampler.start_step, accelerator),
     )
 
 
@@ -212,6 +210,8 @@ def check_data(config: TrainConfig, store: LatentDataset, checkpoint: Path | Non
     # Runs of older code recorded the digest of meta.json, which says more than what the data are.
     if state and state["data_digest"] not in (store_digest(store.meta), sha256(store.path / "meta.json")):
         raise ValueError(f"{config.data_dir} is not the store of {checkpoint}; give that one, or another --exp-name")
+    # Each rank reads files of its own node.
+    check_ranks_agree({"data": store_digest(store.meta), "checkpoint": state and [state["step"], state["digests"]]})
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -227,7 +227,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.run_dir,
-        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.timeout))],
+        kwargs_handlers=[ddp],
     )
 
 
@@ -350,8 +350,8 @@ def initial_weights(
 
 def start_records(
     config: TrainConfig, record: dict[str, Any], start: int, accelerator: Accelerator
-) -> tuple[Any, RunLog | None]:
-    """Lock the directory, write `config.json`, open log and trackers; gives lock and log on rank 0."""
+) -> tuple[RunLog | None, Any]:
+    """Lock the directory, write `config.json`, open log and trackers; gives log and lock on rank 0."""
     lock = log = None
     if accelerator.is_main_process:
         lock = lock_run_dir(config.run_dir)
@@ -362,7 +362,7 @@ def start_records(
         {name: str(value) for name, value in record["config"].items()},
         {"wandb": {"name": config.run_dir.name, "dir": str(config.run_dir)}},
     )
-    return lock, log
+    return log, lock
 
 
 def warn_of_scale(run: Run) -> None:

@@ -1,0 +1,29 @@
+"""train.py under torchrun, with the trouble that $TROUBLE names: run by test_ranks.py."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train
+from runtime import cli
+from training import checkpoint, run_dir, setup
+
+trouble, rank = os.environ["TROUBLE"], os.environ["RANK"]
+flush, read_state = checkpoint.fsync, setup.read_state
+
+
+def slow_fsync(path):
+    time.sleep(0.5)
+    flush(path)
+
+
+if trouble == "slow disk":
+    checkpoint.fsync = slow_fsync
+if trouble == "sees no checkpoint" and rank == "1":
+    run_dir.latest_valid_checkpoint = lambda directory: None
+if trouble == "other weights" and rank == "1":
+    setup.read_state = lambda directory: read_state(directory) | {"digests": {"ema.safetensors": "0"}}
+cli.run(train.main)
