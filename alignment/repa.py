@@ -50,6 +50,5 @@ METHOD = AlignmentMethod(
     needs=frozenset({"images"}),
     # B, L and XL by its authors; S and Ti are ours.
     default_depths={"repa_depth": {"Ti": (2,), "S": (4,), "B": (4,), "L": (8,), "XL": (8,)}},
-    external="repa_encoder",
     depth_setting="repa_depth",
 )

@@ -85,7 +85,6 @@ class AlignmentMethod:
         build: makes its terms.
         needs: what it needs of a batch beside latents, noise, times and labels: "images", "t_offset".
         default_depths: {setting: {SiT size: value}} for the settings that are None unless the user gives them.
-        external: the setting that names a network which must be downloaded, or None.
         depth_setting: the setting that holds the depths of the aligned blocks, or None if they are fixed.
     """
 
@@ -93,12 +92,11 @@ class AlignmentMethod:
     build: Callable[[AlignmentContext], AlignmentTerms]
     needs: frozenset[str] = frozenset()
     default_depths: Mapping[str, Mapping[str, int | tuple[int, ...]]] = dataclasses.field(default_factory=dict)
-    external: str | None = None
     depth_setting: str | None = None
 
 
 def check_depths(context: AlignmentContext, depths: tuple[int, ...], flag: str) -> tuple[int, ...]:
-    """`depths`, once it is sure that the SiT has those blocks.
+    """`depths`, refused if the SiT lacks one of those blocks.
 
     Raises:
         ValueError: it has not, or a block is named twice; the message names `flag`.

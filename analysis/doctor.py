@@ -61,6 +61,8 @@ def examine(path: str | Path) -> Iterator[Finding]:
         ValueError: the path is none of these.
     """
     directory = Path(path)
+    if (directory / "partial" / "images.raw").is_file():
+        raise ValueError(f"unfinished samples in {directory}: run the same command again to finish them")
     if (directory / "meta.json").is_file() or (directory / "partial").is_dir():
         return examine_store(directory)
     if any((directory / name).exists() for name in ("checkpoints", "log.jsonl", "config.json")):
@@ -101,7 +103,7 @@ def examine_store(directory: Path) -> Iterator[Finding]:
     if skipped:
         first = f"{skipped[0]['path']} ({skipped[0]['reason']})"
         text = f"{len(skipped)} files were left out, the first of them {first}"
-        yield Finding(text, "mend them and dump again, or leave it at that")
+        yield Finding(text, "repair them and dump again, or leave it at that")
 
 
 def examine_run(directory: Path) -> Iterator[Finding]:

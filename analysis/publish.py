@@ -47,6 +47,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,13 @@ def find_samples(run_dir: Path | None, info: dict[str, Any], given: list[Path]) 
     own = sorted(path.parent for path in run_dir.glob("samples/*/samples.json")) if run_dir else []
     for path in [*own, *given]:
         samples = read_samples(path)
-        settings = read_record(samples.settings, SETTINGS, path)
+        try:
+            settings = read_record(samples.settings, SETTINGS, path)
+        except ValueError as error:
+            if path in given:
+                raise
+            warnings.warn(f"left out: {error}", stacklevel=2)
+            continue
         same = settings["checkpoint_digest"] == info["digest"]
         if path in given and not same:
             raise ValueError(

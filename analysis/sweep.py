@@ -24,7 +24,7 @@ import yaml
 from reporting.values import markdown_table
 from runtime import cli
 from runtime.cli import REQUIRED, check, flag
-from runtime.files import to_json
+from runtime.files import to_json, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER_METRICS = ("fid", "sfid", "is", "precision", "recall")  # the order of `paper` in a table
@@ -111,10 +111,11 @@ def run_one(config: SweepConfig, table: dict[str, Any], row: str, seed: int) -> 
         return
     record.unlink(missing_ok=True)
     run_command(f"{row}, seed {seed}: training", train)
-    newest = max((directory / "checkpoints").iterdir(), key=lambda path: path.name)
+    steps = [path for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
+    newest = max(steps, key=lambda path: int(path.name))
     output = directory / f"evaluation-{newest.name}"
     run_command(f"{row}, seed {seed}: sampling", sample_command(config, table, newest, output))
-    record.write_text(to_json({"settings": settings, "metrics": str(output / "metrics.json")}))
+    write_atomically(record, to_json({"settings": settings, "metrics": str(output / "metrics.json")}))
 
 
 def run_command(title: str, command: list[str]) -> None:

@@ -38,7 +38,7 @@ def convert_state_dict(content: Mapping[str, Any]) -> tuple[SiTConfig, dict[str,
         format, a key of `FORMATS`; and what was done to read it, in words.
 
     Raises:
-        ValueError: it holds no SiT, or one that ours cannot stand for.
+        ValueError: it holds no SiT, or one that ours cannot represent.
     """
     state, notes = _find(content)
     heads = sorted({name.split(".")[0] for name in state if name.startswith(_HEADS)})
@@ -49,7 +49,7 @@ def convert_state_dict(content: Mapping[str, Any]) -> tuple[SiTConfig, dict[str,
         state = _join_blocks(state)
         notes.append("decoder_blocks renamed")
     if any(".q_norm." in name or ".k_norm." in name for name in state):
-        raise ValueError("expected a SiT without qk_norm, found one with it; this project's SiT cannot stand for it")
+        raise ValueError("expected a SiT without qk_norm, found one with it; this project's SiT cannot represent it")
     config = _infer_config(state)
     outputs, format_ = state["final_layer.linear.weight"].shape[0], "sra" if heads == ["ap_head"] else "repa"
     if outputs == 2 * config.patch_dim:

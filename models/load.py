@@ -117,7 +117,7 @@ def load_sit(path: str | Path, ema: str | None = None) -> tuple[SiT, dict[str, A
         record less: there `step` may be None, and `scale` is None for latents of other than the SD-VAE's 4 channels.
 
     Raises:
-        ValueError: no checkpoint there, a damaged one, or one that this project's SiT cannot stand for.
+        ValueError: no checkpoint there, a damaged one, or one that this project's SiT cannot represent.
     """
     directory = Path(path)
     if directory.is_file():

@@ -31,6 +31,7 @@ TIME_FREQUENCIES = 256
 
 
 RECORDED = {"record": Field()}  # every config.json has the field
+SETTINGS = "the SiT's settings"  # in errors, where a file is not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +85,18 @@ class SiTConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict, source: str | Path = "the SiT's settings") -> SiTConfig:
+    def from_dict(cls, values: dict, source: str | Path = SETTINGS) -> SiTConfig:
         """Inverse of `to_dict`; also reads what older code wrote.
 
         Raises:
             ValueError: missing or unknown keys in `source`.
         """
         return cls(**read_record(values, fields_of(cls), source))
+
+
+# What the config.json of a published model says beside these settings; `sampling/pipeline.py` reads it.
+_PUBLISHED = "format format_version step weights_sha256 path_type latent_scale vae vae_digest resolution class_names"
+PUBLISHED = (*_PUBLISHED.split(), "card_sha256")
 
 
 def patchify(x: Tensor, p: int) -> Tensor:  # (N, C, H, W) -> (N, T, p*p*C)
@@ -291,8 +297,8 @@ class SiT(nn.Module, PyTorchModelHubMixin, **HUB):
         Raises:
             ValueError: settings or weights are missing, or do not fit.
         """
-        fields = {field.name for field in dataclasses.fields(SiTConfig)}  # a config.json may say more
-        sit = cls(SiTConfig.from_dict({name: value for name, value in (config or {}).items() if name in fields}))
+        said = read_record(config or {}, dict.fromkeys(PUBLISHED, Field(None)) | fields_of(SiTConfig), SETTINGS)
+        sit = cls(SiTConfig.from_dict({name: value for name, value in said.items() if name not in PUBLISHED}))
         directory, name = Path(model_id), "model.safetensors"
         file = directory / name if directory.is_dir() else hf_hub_download(model_id, name, **hub)
         try:

@@ -170,7 +170,7 @@ def check_vae(
 
 @torch.no_grad()
 def encode_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:  # (N, R, R, 3) uint8 -> (N, 2C, H, W) float32
-    """Mean, then standard deviation, of the posterior."""
+    """Mean, then std, of the posterior."""
     x = images.permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
     posterior = vae.encode(x).latent_dist
     return torch.cat([posterior.mean, posterior.std], dim=1).float()

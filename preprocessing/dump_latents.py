@@ -246,7 +246,7 @@ def open_vae(config: DumpConfig) -> torch.nn.Module:
         ValueError: it cannot be loaded, or does not divide the images.
     """
     device = choose_device(config.device)
-    allow_tf32(False)  # moments are the ground that everything else stands on
+    allow_tf32(False)  # the moments are exact: everything else is computed from them
     vae = load_vae(config.vae, device)
     factor = vae_factor(vae)
     if config.resolution % factor:

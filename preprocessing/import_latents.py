@@ -336,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_rows(dump: Dump, begin: int, end: int, dtype: str) -> dict[str, np.ndarray]:
-    """Rows [begin, end) of the source, once it is sure that a store of that type can hold them."""
+    """Rows [begin, end) of the source, refused if a store of that dtype cannot hold them."""
     arrays = dump.read(begin, end)
     if (np.split(arrays["moments"], 2, axis=1)[1] < 0).any():
         place = f"from {dump.names[begin]} on"
@@ -345,7 +345,7 @@ def read_rows(dump: Dump, begin: int, end: int, dtype: str) -> dict[str, np.ndar
         held = (np.abs(arrays[kind]) <= np.finfo(dtype).max).all(axis=(1, 2, 3))  # false for NaN, too
         if not held.all():
             name = dump.names[begin + int(held.argmin())]
-            fix = "mend it, or use --dtype float32"
+            fix = "repair it, or use --dtype float32"
             raise ValueError(f"expected finite latents that {dtype} can hold, found others in {name}; {fix}")
     return arrays
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import warnings
 from pathlib import Path
-from typing import TextIO
 
 from runtime.files import write_atomically
 
@@ -21,39 +22,52 @@ class RunLog:
     """
 
     def __init__(self, run_dir: str | Path, start_step: int):
-        self.files = {Path(run_dir) / "log.jsonl": _write_jsonl, Path(run_dir) / "metrics.csv": _write_csv}
+        self.jsonl, self.csv = Path(run_dir) / "log.jsonl", Path(run_dir) / "metrics.csv"
         rows = [row for row in read_log(run_dir) if row["step"] <= start_step]
-        for path, write in self.files.items():
-            text = io.StringIO(newline="")
-            write(text, rows)
-            write_atomically(path, text.getvalue())
+        write_atomically(self.jsonl, "".join(json.dumps(row) + "\n" for row in rows))
+        self._write_csv(rows)
 
     def write(self, row: dict[str, float]) -> None:
-        """Append one row, which names its columns, to both files."""
-        for path, write in self.files.items():
-            with open(path, "a", newline="") as file:
-                write(file, [row])
+        """Append one row, which names its columns, to both files. A full disk is a warning: training continues."""
+        try:
+            _append(self.jsonl, json.dumps(row) + "\n")
+            if row.keys() <= set(self.columns):
+                _append(self.csv, self._lines([row]))
+            else:
+                self._write_csv(read_log(self.jsonl.parent))
+        except OSError as error:
+            warnings.warn(f"step {row['step']} is not in {self.jsonl.parent}'s log: {error.strerror}", stacklevel=2)
+
+    def _write_csv(self, rows: list[dict]) -> None:
+        """All rows, under all columns that any of them has."""
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        head = {name: name for name in self.columns}
+        write_atomically(self.csv, self._lines([head, *rows]) if rows else "")
+
+    def _lines(self, rows: list[dict]) -> str:
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, self.columns, restval="").writerows(rows)
+        return text.getvalue()
+
+
+def _append(path: Path, text: str) -> None:
+    """All of it, or nothing: readers stop at a line that was cut short."""
+    size = path.stat().st_size
+    try:
+        with open(path, "a", newline="") as file:
+            file.write(text)
+    except OSError:
+        os.truncate(path, size)
+        raise
 
 
 def read_log(run_dir: str | Path) -> list[dict[str, float]]:
     """The rows of a run's `log.jsonl`; a last line that a kill cut short is left out."""
     path = Path(run_dir) / "log.jsonl"
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in filter(None, path.read_text().split("\n")) if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
     return rows
-
-
-def _write_jsonl(file: TextIO, rows: list[dict]) -> None:
-    file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def _write_csv(file: TextIO, rows: list[dict]) -> None:
-    if rows:
-        writer = csv.DictWriter(file, rows[0])
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows(rows)

@@ -282,9 +282,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:  # of JSON and of UTF-8
-        raise ValueError(f"expected JSON in {path}, found something else ({error}); mend or remove it") from error
+        raise ValueError(f"expected JSON in {path}, found something else ({error}); repair or remove it") from error
     if not isinstance(content, dict):
-        raise ValueError(f"expected a JSON object in {path}, found a {type(content).__name__}; mend or remove it")
+        raise ValueError(f"expected a JSON object in {path}, found a {type(content).__name__}; repair or remove it")
     return content
 
 

@@ -50,7 +50,7 @@ def run_on_rank0(compute: Callable[[], Any]) -> Any:
     try:
         if dist.get_rank() == 0:
             message[0] = compute()
-    except Exception as error:
+    except BaseException as error:
         message[1] = str(error) or repr(error)
         raise
     finally:

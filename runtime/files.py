@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def fsync(path: str | Path) -> None:
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write a file under a temporary name, flush it to the disk, and rename it: a reader sees all of it or none."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same content
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")  # several processes may write it at once
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         fsync(temporary)
@@ -96,7 +97,7 @@ def read_checksummed_json(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"it cannot be read ({error.strerror})") from error
     content = json.loads(text)
     if not isinstance(content, dict) or "seal" not in content:
-        raise ValueError("it does not hold settings with a seal")
+        raise ValueError("it has no checksum ("seal")")
     del content["seal"]
     # The text must be the one that would be written now: 1E5 for 1e5 is a changed bit, too.
     if text != to_checksummed_json(content):
@@ -146,6 +147,7 @@ def fields_of(config_class: type) -> dict[str, Field]:
     fields = {}
     for field in dataclasses.fields(config_class):
         default = REQUIRED if field.default is dataclasses.MISSING else field.default
+        assert field.default_factory is dataclasses.MISSING, field.name  # its historic value would be unknown
         fields[field.name] = field.metadata.get("record") or Field(default)
     return fields
 
@@ -170,10 +172,8 @@ def read_record(values: Mapping[str, Any], fields: Mapping[str, Field], source: 
         value = tuple(value) if isinstance(value, list) else value
         read[name] = field.read_old(value) if field.read_old and found is not None else value
     if left:
-        raise ValueError(
-            f"{source} was written by newer code: it has {', '.join(map(repr, left))}, unknown here; "
-            f"use that code (git_revision in the record tells which)"
-        )
+        which = f"revision {values['git_revision']}" if values.get("git_revision") else "newer code"
+        raise ValueError(f"{source} was written by newer code: it has {', '.join(map(repr, left))}; use {which}")
     return read
 
 

@@ -31,7 +31,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 
 from diffusion.interpolant import Interpolant
-from models.sit import SiT, SiTConfig
+from models.sit import PUBLISHED, SiT, SiTConfig
 from models.vae import LatentScale, check_vae, hub_is_reachable, load_vae
 from runtime.files import Field, fields_of, read_record, sha256
 from sampling.batch_size import round_up_to_block
@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 
 FORMAT = "vae-repa-model"  # of a published directory; written by analysis/publish.py
 VERSION = 1
-_NEEDED = "format format_version step weights_sha256 path_type latent_scale vae vae_digest resolution class_names"
-FIELDS = fields_of(SiTConfig) | {name: Field() for name in _NEEDED.split()} | {"card_sha256": Field(None)}
+FIELDS = dict.fromkeys(PUBLISHED, Field()) | {"card_sha256": Field(None)} | fields_of(SiTConfig)
 BATCH = 64  # the default of sample_ddp.py
 
 

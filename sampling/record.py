@@ -104,6 +104,11 @@ def read_settings(directory: Path) -> dict[str, Any] | None:
             content = None
         if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
             raise ValueError(f"expected the settings of samples in {path}, found something else; delete {path.parent}")
+        found = content.get("format", FORMAT), content.get("version", VERSION)
+        if found != (FORMAT, VERSION):
+            raise ValueError(
+                f"expected samples of format {FORMAT} {VERSION}, found {' '.join(map(str, found))} in {path}"
+            )
         return read_record(read_record(content, RECORD, path)["settings"], SETTINGS, path)
     return None
 

@@ -117,7 +117,7 @@ def test_every_method_is_measured_and_written_down(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--align", "dino"], "--align: expected none, or some of vae, repa, sra"),
+        (["--align", "dino"], "--align: expected none or some of vae, repa, sra"),
         (["--model", "SiT-Q/2"], "SiT-Q/2"),
         (["--steps", "0"], "--steps: expected at least 1, found 0"),
         (["--repa-encoder", "dinov7", "--align", "repa"], "--repa-encoder"),

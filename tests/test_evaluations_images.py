@@ -102,7 +102,7 @@ def test_what_cannot_be_read_is_refused_in_words(tmp_path):
         ("signed range", {"arr_0": IMAGES / 127.5 - 1}, "floats in -1..1"),
         ("too large", {"arr_0": IMAGES * 2.0}, r"expected images in 0\.\.255"),
         ("NaN", {"arr_0": np.where(IMAGES > 100, np.nan, IMAGES)}, "NaN"),
-        ("order", {"arr_0": np.asfortranarray(IMAGES)}, r"Fortran order in .*fix: save np.ascontiguousarray\(arr_0\)"),
+        ("order", {"arr_0": np.asfortranarray(IMAGES)}, r"found Fortran's in .*fix: np.ascontiguousarray\(arr_0\)"),
         ("statistics", {"features": "vae", "digest": "abc", "mu": np.ones(3)}, "a.npz: damaged, it lacks 'count'"),
         ("newer", {"features": "vae", "digest": "", "count": 3, "median": 1}, "written by newer code: it has 'median'"),
     ):

@@ -208,7 +208,7 @@ def test_a_sit_is_never_loaded_in_part(published, tmp_path, harm):
     else:
         (file if harm == "no weights" else folder / "config.json").unlink()
     with pytest.raises(
-        ValueError, match="the SiT.s settings: damaged" if harm == "no config" else "expected the weights"
+        ValueError, match="the SiT.s settings: damaged" if harm == "no config" else "expected weights of this SiT"
     ):
         SiT.from_pretrained(folder)
     with pytest.raises(
@@ -402,6 +402,26 @@ def test_samples_from_elsewhere_are_taken_if_they_are_of_this_checkpoint(checkpo
     line = refused(capsys, checkpoint, "--samples", tmp_path, "--output-dir", tmp_path / "other")
     assert "expected a set of samples (samples.json" in line
     assert not (tmp_path / "other").exists()
+
+
+def test_samples_of_newer_code_do_not_keep_a_model_from_being_published(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (file, *_) = sorted((tmp_path / "run").glob("samples/*/samples.json"))
+    record = json.loads(file.read_text())
+    record["settings"]["swirl"] = 1
+    file.write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match="left out: .* was written by newer code: it has 'swirl'"):
+        publish.main([str(tmp_path / "run"), "--output-dir", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="written by newer code"):
+        publish.main([str(tmp_path / "run"), "--samples", str(file.parent), "--output-dir", str(tmp_path / "out")])
+
+
+def test_a_published_sit_of_newer_code_is_refused(published, tmp_path):
+    folder = shutil.copytree(published, tmp_path / "newer")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"qk_norm": True}))
+    with pytest.raises(ValueError, match="written by newer code: it has 'qk_norm'"):
+        SiT.from_pretrained(folder)
 
 
 def test_a_damaged_record_is_named(trained, tmp_path, capsys):

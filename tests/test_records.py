@@ -1,6 +1,7 @@
 """Records outlive the code: everything that revision 4344d83 wrote still resumes, loads, reads and samples; and what a
 record of older or of newer code means. (Records of samples, stores and models: tests of their rooms, too.)"""
 
+import csv
 import dataclasses
 import json
 import shlex
@@ -19,12 +20,14 @@ from evaluations import evaluate
 from models import sit
 from preprocessing import dump_latents
 from reporting.log import read_log
+from runtime import cli
 from runtime.cli import flag
 from runtime.files import REQUIRED, Field, fields_of, read_record
 from sampling.pipeline import VAEREPAPipeline
 from training import run_dir
 from training.config import TrainConfig
 from training.run_dir import resumed_config
+from training.setup import setup
 
 OLD = Path(__file__).resolve().parent / "fixtures" / "revision-4344d83"
 EXPECTED = json.loads((OLD / "expected.json").read_text())
@@ -67,6 +70,32 @@ def test_an_old_run_resumes_with_the_losses_it_would_have_had(drop, old, capsys)
     )
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_an_old_run_resumes_again_and_again(old):
+    """Its log gets the columns that newer code writes, and keeps its own rows."""
+    for steps in (9, 10):
+        train.main([*words("run", ("--max-train-steps",)), "--max-train-steps", str(steps)])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    with open("run/metrics.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [int(line["step"]) for line in lines] == list(range(1, 11))
+    assert (lines[0]["learning_rate"], float(lines[-1]["learning_rate"])) == ("", 0.01)
+    assert {len(line) for line in lines} == {len(lines[0])}
+
+
+def test_a_run_is_set_up_again_by_its_own_settings(old):
+    """`setup(config)`: every setting counts as given, and those that are None are left to be decided."""
+    config, _ = cli.parse_given(TrainConfig, words("run"))
+    run = setup(config)
+    assert run.start == 4
+    run.close()
+
+
+def test_what_is_done_once_is_not_done_again_on_resume():
+    saved = saved_settings() | {"profile": 5, "verify_data": True}
+    resumed = resumed_config(TrainConfig(data_dir="x"), frozenset(), saved, Path("s"))
+    assert (resumed.profile, resumed.verify_data) == (0, False)
 
 
 def test_an_old_store_is_finished_and_recognised(old, capsys):
@@ -122,7 +151,7 @@ def test_a_new_setting_has_its_historic_value_in_an_old_run(monkeypatch):
 
 
 def test_a_setting_of_newer_code_is_one_line():
-    with pytest.raises(ValueError, match=r"^s\.json was written by newer code: it has 'brightness', unknown here"):
+    with pytest.raises(ValueError, match=r"^s\.json was written by newer code: it has 'brightness'; use newer"):
         resumed_config(TrainConfig(data_dir="x"), frozenset(), saved_settings() | {"brightness": 1}, Path("s.json"))
 
 

@@ -46,10 +46,11 @@ def resumed_config(
     Raises:
         ValueError: a setting that decides weights or order of data was given another value.
     """
-    given = frozenset(field.name for field in dataclasses.fields(config)) if given is None else given
-    record = read_record(saved, fields_of(TrainConfig), source)
-    free, announced = settings_by(on_resume="free"), settings_by(on_resume="announced")
     now = dataclasses.asdict(config)
+    given = frozenset(now) if given is None else given
+    given -= {name for name, value in now.items() if value is None}  # left to be decided
+    record = read_record(saved or {}, fields_of(TrainConfig), source)
+    free, announced = settings_by(on_resume="free"), settings_by(on_resume="announced")
     changed = [name for name in given_differences(record, now, given) if name not in free]
     told = {name: f"--{name.replace('_', '-')} {record[name]} -> {now[name]}" for name in changed}
     if refused := [told[name] for name in changed if name not in announced]:
@@ -59,7 +60,7 @@ def resumed_config(
         )
     if changed:
         warnings.warn(f"{config.run_dir} is resumed with other settings: {'; '.join(told.values())}", stacklevel=2)
-    # Where the run is, and what each machine decides for itself, are not taken from the record.
+    # Where the run is, what each machine decides for itself, and what is done once are not taken from the record.
     machine = {field.name for field in dataclasses.fields(TrainConfig) if field.default is None} & free
-    here = given | machine | {"data_dir", "output_dir", "exp_name", "resume"}
+    here = given | machine | {"data_dir", "output_dir", "exp_name", "resume", "profile", "verify_data"}
     return dataclasses.replace(config, **{name: value for name, value in record.items() if name not in here})
