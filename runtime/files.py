@@ -97,7 +97,7 @@ def read_checksummed_json(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"it cannot be read ({error.strerror})") from error
     content = json.loads(text)
     if not isinstance(content, dict) or "seal" not in content:
-        raise ValueError("it has no checksum ("seal")")
+        raise ValueError("it has no checksum")
     del content["seal"]
     # The text must be the one that would be written now: 1E5 for 1e5 is a changed bit, too.
     if text != to_checksummed_json(content):
