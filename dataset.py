@@ -31,7 +31,7 @@ _META = """
     format version vae vae_digest scale shift scale_source resolution crop class_names settings latent_shape dtype count
     num_classes flips images shards labels_sha256 paths_sha256 skipped
 """
-META = dict.fromkeys(_META.split(), Field()) | {"versions": Field(None)}
+META = dict.fromkeys(_META.split(), Field()) | {"versions": Field(None), "left_out": Field({}), "noticed": Field({})}
 KINDS = ("moments", "flips", "images")
 NPY_HEADER = 128  # bytes before the values: room for any shape, so that a shard's length can be set at its end
 
@@ -52,7 +52,7 @@ def read_json(path: Path) -> Any:
 
 def read_journal(path: Path) -> list[dict]:
     """The whole batches of a shard; a last line cut short by a kill is dropped from the file, too."""
-    batches, lines = [], path.read_text().splitlines() if path.exists() else []
+    batches, lines = [], path.read_text().removesuffix("\n").split("\n") if path.exists() else []
     for line in lines:
         try:
             batches.append(json.loads(line))
@@ -61,6 +61,11 @@ def read_journal(path: Path) -> list[dict]:
     if len(batches) < len(lines):
         write_atomically(path, "".join(line + "\n" for line in lines[: len(batches)]))
     return batches
+
+
+def read_paths(directory: str | Path) -> list[str]:
+    """The sources of a store's images, one a line of `paths.txt`: names may hold whatever a file system allows."""
+    return (Path(directory) / "paths.txt").read_bytes().decode(errors="surrogateescape").removesuffix("\n").split("\n")
 
 
 def read_meta(directory: str | Path) -> dict[str, Any]:
@@ -86,7 +91,7 @@ def read_meta(directory: str | Path) -> dict[str, Any]:
 
 def store_digest(meta: dict[str, Any]) -> str:
     """What makes two stores the same: their data and settings, not the machine, versions or names that made them."""
-    names = "scale shift resolution crop class_names settings latent_shape dtype flips images labels_sha256".split()
+    names = "vae_digest scale shift resolution crop class_names latent_shape dtype flips images labels_sha256".split()
     same = {name: meta[name] for name in names}
     same["shards"] = [
         [shard["count"], *(shard[kind]["sha256"] for kind in KINDS if kind in shard)] for shard in meta["shards"]

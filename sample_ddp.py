@@ -231,9 +231,10 @@ def write_batch(samples: SampleWriter, batch: int, wait: Callable[[], list[np.nd
 
 def start_evaluation(config: SampleConfig, vae_name: str, settings: dict[str, Any], device: torch.device) -> Evaluation:
     """What the samples are compared with as they are drawn. The reference is measured here."""
-    open_images(config.evaluate)  # refused before a network is loaded
+    side = settings["resolution"]
+    open_images(config.evaluate, side)  # refused before a network is loaded
     network = load_network(config.features, inception_weights=config.inception_weights, vae=vae_name, device=device)
-    return Evaluation([network], config.evaluate, Settings(k=NEIGHBOURS, batch_size=settings["batch_size"]))
+    return Evaluation([network], config.evaluate, Settings(k=NEIGHBOURS, batch_size=settings["batch_size"]), side=side)
 
 
 def update_evaluation(evaluation: Evaluation, samples: SampleWriter, batch: int, images: Tensor | np.ndarray) -> None:

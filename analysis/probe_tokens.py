@@ -19,7 +19,7 @@ from dataset import LatentDataset
 from diffusion.interpolant import Interpolant
 from models.sit import SiT, patchify
 from models.vae import LatentScale, decode_images, encode_moments
-from runtime.images import EXTENSIONS, center_crop, decode_image, is_hidden, is_image
+from runtime.images import EXTENSIONS, center_crop, decode_image, image_names
 from runtime.seeding import block_generator
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     """
     found = []
     for path in map(Path, paths):
-        inside = (file for file in sorted(path.rglob("*")) if is_image(file.name) and file.is_file())
-        visible = [file for file in inside if not any(map(is_hidden, file.relative_to(path).parts))]
+        visible = [path / name for name in image_names(path)]
         if not path.is_file() and not visible:
             raise ValueError(
                 f"--images: expected image files ({' '.join(sorted(EXTENSIONS))}) or directories of them, "

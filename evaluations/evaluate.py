@@ -48,6 +48,10 @@ class EvaluateConfig:
         "for precision and recall: fp16 as the ADM suite, whose sums' order is the hardware's (about 0.01), or fp32",
         choices=("fp16", "fp32"),
     )
+    resolution: int | None = measured(
+        None,
+        "side to which image files of several sizes are cropped and scaled; of a reference the samples' unless set",
+    )
     k: int = measured(3, "for precision and recall: neighbour whose distance is the radius")
     split_size: int = measured(5000, "images of a split of the inception score")
     stored: bool = measured(True, "use statistics that an npz holds beside its images (--no-stored: compute them)")
@@ -92,9 +96,10 @@ def main(argv: list[str] | None = None) -> None:
     saving = bool(config.save_stats)
     cli.check(config, "features", not saving or len(features) == 1, "one of them with --save-stats")
     names = choose_metrics(config.metrics.split(",") if config.metrics else (), features, bool(config.ref), saving)
-    source = open_images(config.samples)
+    source = open_images(config.samples, config.resolution)
+    side = config.resolution or (source.size[0] if source.size else None)
     if config.ref:
-        open_images(config.ref)
+        open_images(config.ref, side)
     if source.kind != "statistics" and "arr_0" in source.members and source.count <= config.k:
         raise ValueError(f"expected at least k + 1 = {config.k + 1} samples, found {source.count} in {config.samples}")
     directory = source.path if source.path.is_dir() else source.path.parent
@@ -110,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     weights = {name: getattr(config, name) for name in ("inception_weights", "dinov2_weights", "vae")}
     networks = [load_network(name, **weights, device=device) for name in features]
     begin = time.perf_counter()
-    evaluation = Evaluation(networks, config.ref, settings, saving=saving)
+    evaluation = Evaluation(networks, config.ref, settings, saving=saving, side=side)
     stored = evaluation.measure(evaluation.samples, source, "samples")
     values = evaluation.finish()
 

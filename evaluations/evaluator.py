@@ -99,6 +99,7 @@ class Evaluation:
         reference: path, or `None` for metrics that need none. It is measured at once, before any slow sampling.
         settings: see there.
         progress: show bars (on rank 0).
+        side: of the samples; a reference's images of several sizes are brought to it.
         saving: keep what any metric of the networks needs of the samples, to be written by `FeatureStatistics.arrays`.
 
     Raises:
@@ -106,7 +107,13 @@ class Evaluation:
     """
 
     def __init__(
-        self, networks: Iterable, reference: str | None, settings: Settings, progress: bool = True, saving: bool = False
+        self,
+        networks: Iterable,
+        reference: str | None,
+        settings: Settings,
+        progress: bool = True,
+        saving: bool = False,
+        side: int | None = None,
     ):
         self.settings, self.progress = settings, progress
         self.networks = {network.name: network for network in networks}
@@ -114,7 +121,7 @@ class Evaluation:
         self.kinds = {METRICS[network][name][0] for network in self.networks for name in self._of(network)}
         self.samples = self._empty(every=saving)
         # Measure the reference.
-        self.source = open_images(reference) if reference else None
+        self.source = open_images(reference, side) if reference else None
         count = self.source.count if self.source else 0
         if 0 < count <= settings.k and self.kinds & {"precision", "recall"}:
             raise ValueError(

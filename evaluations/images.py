@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,12 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from dataset import LatentDataset
 from runtime.files import Field, read_record, sha256
+from runtime.images import EXTENSIONS, center_crop, decode_image, image_names, open_image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DECODING_THREADS = 8
 BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
 
@@ -32,15 +32,15 @@ STATISTICS = {"features": Field(), "digest": Field(), "count": Field()}
 STATISTICS |= dict.fromkeys("mu sigma mu_s sigma_s pool spatial logits".split(), Field(None))
 
 
-def open_images(path: str) -> NpzImages | DirectoryImages | StoreImages | StoredStatistics:
-    """Open what lies at `path`, by its look.
+def open_images(path: str, side: int | None = None) -> NpzImages | DirectoryImages | StoreImages | StoredStatistics:
+    """Open what lies at `path`, by its look; image files of several sizes are brought to `side`.
 
     Raises:
         ValueError: nothing there, or nothing that can be read as images or statistics.
     """
     place = Path(path)
     if place.is_dir():
-        return StoreImages(place) if (place / "meta.json").exists() else DirectoryImages(place)
+        return StoreImages(place) if (place / "meta.json").exists() else DirectoryImages(place, side)
     if not place.exists():
         raise ValueError(f"expected an npz file or a directory at {path}, found nothing")
     try:
@@ -59,6 +59,7 @@ class NpzImages:
     """
 
     kind = "npz"
+    _range_is_checked = False
 
     def __init__(self, path: Path, members: list[str]):
         self.path, self.members = path, members
@@ -108,16 +109,15 @@ class NpzImages:
         What comes before is read and dropped, so that whoever reads to the end has checked the zip file's checksum.
         """
         try:
+            if self.dtype != np.uint8 and not self._range_is_checked:
+                self._check_range()
             with self._open("arr_0") as stream:
                 self._header(stream)
                 for first in range(0, start, batch_size):
                     self._read(stream, first, min(batch_size, start - first))
                 for first in range(start, stop, batch_size):
                     batch = self._read(stream, first, min(batch_size, stop - first))
-                    if batch.dtype != np.uint8:
-                        batch = batch.astype(np.float32)
-                        self._check_range(batch, first)
-                    yield batch
+                    yield batch if batch.dtype == np.uint8 else batch.astype(np.float32)
         except BROKEN_ZIP as error:
             raise ValueError(f"expected a whole npz file at {self.path}, found {error}") from error
 
@@ -131,60 +131,78 @@ class NpzImages:
             raise EOFError("more bytes than arr_0's header says")
         return np.frombuffer(content, self.dtype).reshape(count, *self.shape[1:])
 
-    def _check_range(self, batch: np.ndarray, position: int) -> None:  # (B, H, W, 3) float32
-        low, high = batch.min(), batch.max()
-        where = f"in images {position}..{position + len(batch) - 1} of {self.path}"
-        if not (np.isfinite(low) and np.isfinite(high)):
-            raise ValueError(f"expected finite images, found NaN or infinity {where}")
+    def _check_range(self) -> None:
+        """Refuse floats of another range: judged by the whole file, since a batch may be all black."""
+        lows, highs = [], []
+        with self._open("arr_0") as stream:
+            self._header(stream)
+            for first in range(0, self.count, 64):
+                batch = self._read(stream, first, min(64, self.count - first)).astype(np.float32)
+                if not np.isfinite(batch).all():
+                    raise ValueError(
+                        f"expected finite images, found NaN or infinity in images {first}.. of {self.path}"
+                    )
+                lows.append(batch.min())
+                highs.append(batch.max())
+        low, high = min(lows), max(highs)
         if high <= 1.0:
             scale = "-1..1" if low < 0 else "0..1"
-            raise ValueError(f"expected images in 0..255, found floats in {scale} {where}; fix: make them uint8")
+            raise ValueError(f"expected images in 0..255, found floats in {scale} in {self.path}; fix: make them uint8")
         if low < 0 or high > 255:
-            raise ValueError(f"expected images in 0..255, found {low:g}..{high:g} {where}")
+            raise ValueError(f"expected images in 0..255, found {low:g}..{high:g} in {self.path}")
+        self._range_is_checked = True
 
 
 class DirectoryImages:
-    """Image files of one size in a directory and below, sorted by path; subdirectories are taken as classes."""
+    """Image files in a directory and below, sorted by path; subdirectories are taken as classes.
+
+    Args:
+        side: images of several sizes are brought to this one by the crop of a store; without it they are refused.
+    """
 
     kind, members = "folder", ("arr_0",)
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, side: int | None = None):
         self.path = path
-        self.files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+        self.files = [path / name for name in image_names(path)]
         if not self.files:
-            raise ValueError(f"expected images ({' '.join(IMAGE_SUFFIXES)}) in {path}, found none")
+            raise ValueError(f"expected images ({' '.join(sorted(EXTENSIONS))}) in {path}, found none")
         self.count = len(self.files)
         with ThreadPoolExecutor(DECODING_THREADS) as pool:
-            sizes = list(pool.map(self._size, self.files))
-        self.size = sizes[0]
-        for file, size in zip(self.files, sizes, strict=True):
-            if size != self.size:
-                raise ValueError(
-                    f"expected images of one size, found {self.size[1]} x {self.size[0]} in {self.files[0]} and "
-                    f"{size[1]} x {size[0]} in {file}"
-                )
+            sizes = dict(zip(self.files, pool.map(self._size, self.files), strict=True))
+        self.size = sizes[self.files[0]]
+        other = next((file for file, size in sizes.items() if size != self.size), None)
+        self.side = side if other else None
+        if other and side:
+            print(f"{path}: images of several sizes, cropped and scaled to {side} x {side}", flush=True)
+            self.size = (side, side)
+        elif other:
+            raise ValueError(
+                f"expected images of one size, found {self.size[1]} x {self.size[0]} in {self.files[0]} and "
+                f"{sizes[other][1]} x {sizes[other][0]} in {other}; give --resolution to crop and scale them"
+            )
         parents = [str(file.parent) for file in self.files]
         self.labels = np.unique(parents, return_inverse=True)[1] if len(set(parents)) > 1 else None
 
     def _size(self, file: Path) -> tuple[int, int]:
         try:
-            with Image.open(file) as image:
+            with open_image(file) as image:
                 return image.height, image.width
-        except (OSError, Image.DecompressionBombError) as error:
+        except OSError as error:
             raise ValueError(f"expected an image, found {file}: {error}") from error
 
-    def _read(self, file: Path) -> np.ndarray:
+    def _read(self, file: Path) -> np.ndarray:  # -> (H, W, 3)
         try:
-            with Image.open(file) as image:
-                return np.asarray(image.convert("RGB"))  # (H, W, 3)
-        except (OSError, SyntaxError, ValueError) as error:
+            image = decode_image(file.read_bytes())
+            return center_crop(image, self.side) if self.side else np.asarray(image)
+        except OSError as error:
             raise ValueError(f"expected a whole image, found {file}: {error}") from error
 
     def digest(self) -> str:
         """SHA-256 over the names and contents of all files."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(str(file.relative_to(self.path)).encode() + b"\0" + file.read_bytes())
+            digest.update(os.fsencode(file.relative_to(self.path)) + b"\0" + file.read_bytes())
         return digest.hexdigest()
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:

@@ -27,6 +27,8 @@ class DumpConfig:
     output_dir: str = flag(REQUIRED, "folder of the store", group="store")
     resolution: int = flag(256, "side of the square crop, in pixels", group="images")
     limit: int | None = flag(None, "take this many images, evenly spaced over the source", group="images")
+    alpha: str = flag("drop", "transparency: dropped, or put on white", choices=("drop", "white"), group="images")
+    exif_orientation: bool = flag(False, "turn images as their camera asks for", group="images")
     skip_corrupt: bool = flag(False, "leave out files that cannot be read, and list them in meta.json", group="images")
     vae: str = flag("stabilityai/sd-vae-ft-mse", "hub name, local folder, or file as VA-VAE's", group="vae")
     scale: str = flag("config", "the VAE's, or measured by channel", choices=("config", "auto"), group="vae")
@@ -56,7 +58,7 @@ import dataclasses
 import datetime
 import hashlib
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -68,9 +70,9 @@ from torch.utils.data import DataLoader
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from dataset import LatentDataset
+from dataset import LatentDataset, read_paths
 from models.vae import decode_images, encode_moments, load_vae, scale_from_config, vae_digest, vae_factor
-from preprocessing.sources import Source, open_source
+from preprocessing.sources import Source, describe, open_source
 from preprocessing.store_writer import (
     LatentStoreWriter,
     ShardWriter,
@@ -81,30 +83,32 @@ from preprocessing.store_writer import (
 )
 from runtime.distributed import allow_tf32, barrier, choose_device, copy_to_host_async, hold_directory
 from runtime.files import Field
-from runtime.images import center_crop, decode_image
+from runtime.images import center_crop, read_image
 from runtime.loading import loading, wait_for_batches
 
 # What determines the content of a store, in its record. A setting that comes later needs Field(historic): what the
 # stores that lack it were made with.
 SETTINGS = dict.fromkeys(
     "vae_digest resolution crop dtype flip keep_images scale mixed_precision images images_sha256".split(), Field()
-)
+) | {"alpha": Field("drop"), "exif_orientation": Field(False)}
 
 
 class Crops(torch.utils.data.Dataset):
-    """The crops of a source's images; one that cannot be read gives the reason in place of pixels."""
+    """The crops of a source's images, and what was noticed of them; one that cannot be read gives the reason in place
+    of pixels."""
 
-    def __init__(self, source: Source, size: int):
-        self.source, self.size = source, size
+    def __init__(self, source: Source, size: int, alpha: str = "drop", exif_orientation: bool = False):
+        self.source, self.size, self.how = source, size, (alpha, exif_orientation)
 
     def __len__(self) -> int:
         return len(self.source.names)
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str, list[str]]:
         try:
-            return index, center_crop(decode_image(self.source.read(index)), self.size)
+            image, noticed = read_image(self.source.read(index), *self.how)
+            return index, center_crop(image, self.size), noticed
         except (OSError, KeyError, RuntimeError) as error:  # a zip names a missing or locked member by the last two
-            return index, " ".join(str(error).split()) or type(error).__name__
+            return index, " ".join(str(error).split()) or type(error).__name__, []
 
 
 class Batch(NamedTuple):
@@ -114,17 +118,20 @@ class Batch(NamedTuple):
         indices: of those that could be read.
         crops: (b, R, R, 3) uint8, theirs; None if there are none.
         unread: index and reason of the others.
+        noticed: how many have transparency ("alpha"), or ask to be turned ("rotated").
     """
 
     indices: list[int]
     crops: Tensor | None
     unread: list[tuple[int, str]]
+    noticed: dict[str, int]
 
 
-def collate(crops: list[tuple[int, np.ndarray | str]]) -> Batch:
-    read = [(index, crop) for index, crop in crops if not isinstance(crop, str)]
+def collate(crops: list[tuple[int, np.ndarray | str, list[str]]]) -> Batch:
+    read = [(index, crop) for index, crop, _ in crops if not isinstance(crop, str)]
     stacked = torch.from_numpy(np.stack([crop for _, crop in read])) if read else None
-    return Batch([index for index, _ in read], stacked, [(i, crop) for i, crop in crops if isinstance(crop, str)])
+    unread = [(index, crop) for index, crop, _ in crops if isinstance(crop, str)]
+    return Batch([index for index, _ in read], stacked, unread, Counter(word for *_, words in crops for word in words))
 
 
 @torch.no_grad()
@@ -164,7 +171,7 @@ def encode_shards(
     """
     todo = remaining(shards, config.batch_size)
     loader = DataLoader(
-        Crops(source, config.resolution),
+        Crops(source, config.resolution, config.alpha, config.exif_orientation),
         batch_sampler=[indices for _, indices, _ in todo],
         collate_fn=collate,
         prefetch_factor=4 if config.num_workers else None,
@@ -182,7 +189,7 @@ def encode_shards(
             arrays |= {"images": batch.crops.numpy()} if config.keep_images else {}
         labels, paths = ([values[index] for index in batch.indices] for values in (source.labels, source.names))
         skipped = [{"path": source.names[index], "reason": reason} for index, reason in batch.unread]
-        shard.append(len(labels) + len(skipped), arrays, labels, paths, skipped)
+        shard.append(len(labels) + len(skipped), arrays, labels, paths, skipped, batch.noticed)
         if last:
             shard.close()
         return len(labels) + len(skipped)
@@ -224,10 +231,10 @@ def verify(config: DumpConfig, source: Source, vae: torch.nn.Module) -> None:
     """`verify.png`: originals above the decoded posterior means of as many images, evenly spaced."""
     store = LatentDataset(config.output_dir)
     rows = np.unique(np.linspace(0, len(store) - 1, config.verify).round().astype(int))
-    paths = (Path(config.output_dir) / "paths.txt").read_text().splitlines()
+    paths = read_paths(config.output_dir)
     index_of = {name.replace("\n", "\\n"): index for index, name in enumerate(source.names)}
-    contents = [source.read(index_of[paths[row]]) for row in rows]
-    originals = torch.from_numpy(np.stack([center_crop(decode_image(c), config.resolution) for c in contents]))
+    crops = Crops(source, config.resolution, config.alpha, config.exif_orientation)
+    originals = torch.from_numpy(np.stack([crops[index_of[paths[row]]][1] for row in rows]))
     mean = store.__getitems__(rows)["moments"].chunk(2, dim=1)[0]
     latents = store.scale.scale_latent(mean).to(vae.device)
     decoded = torch.cat([decode_images(vae, part, store.scale).cpu() for part in latents.split(config.batch_size)])
@@ -266,7 +273,7 @@ def open_store(config: DumpConfig, source: Source, items: list[int], vae: torch.
     listing = "".join(f"{source.labels[index]} {source.names[index]}\n" for index in items)
     settings = {name: getattr(config, name, None) for name in SETTINGS}
     settings |= {"vae_digest": vae_digest(vae), "crop": "adm-center", "images": len(items)}
-    settings["images_sha256"] = hashlib.sha256(listing.encode()).hexdigest()
+    settings["images_sha256"] = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
     side = config.resolution // vae_factor(vae)
     shapes = {"moments": (2 * vae.config.latent_channels, side, side)}
     shapes |= {"flips": shapes["moments"]} if config.flip else {}
@@ -285,6 +292,8 @@ def main(argv: list[str] | None = None) -> None:
     # The images, the VAE, the store.
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     source = open_source(config.source)
+    if rank == 0:
+        print(f"{config.source}: {describe(source)}", flush=True)
     items = list(range(len(source.names)))
     if config.limit is not None and config.limit < len(items):
         items = [place * len(items) // config.limit for place in range(config.limit)]
@@ -317,6 +326,7 @@ def make_store(
     if rank == 0:
         about = {name: writer.settings.get(name) for name in "vae vae_digest scale_source resolution crop".split()}
         about |= {"vae": config.vae, "scale_source": "config", "class_names": source.class_names}
+        about["left_out"] = source.left_out
         writer.complete(len(shards), None if config.scale == "auto" else scale_from_config(vae), about)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started as a file
 
@@ -55,6 +55,7 @@ if __name__ == "__main__":
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -128,7 +129,7 @@ def open_dump(config: ImportConfig) -> Dump:
 
 
 def open_repa(features: Path, images: Path | None) -> Dump:
-    """REPA's folder: .npy files of (2C, H, W), paired with labels by name and with images by their order."""
+    """REPA's directory: .npy files of (2C, H, W), paired with labels by name and with images by number."""
     # Each file has a label.
     try:
         labels = {str(name): label for name, label in json.loads((features / "dataset.json").read_text())["labels"]}
@@ -151,9 +152,7 @@ def open_repa(features: Path, images: Path | None) -> Dump:
     # And an image, where they are wanted.
     pictures, resolution = [], None
     if images is not None:
-        pictures = [images / name for name in image_names(images)]
-        if len(pictures) != len(files):
-            raise ValueError(f"expected an image in {images} for each of {len(files)} latents, found {len(pictures)}")
+        pictures = pair_images(files, images)
         resolution = _read_image(pictures[0], None).shape[0]
 
     pool = ThreadPoolExecutor(READERS)
@@ -166,6 +165,28 @@ def open_repa(features: Path, images: Path | None) -> Dump:
     listing = "".join(f"{labels[name]} {name} {(features / name).stat().st_size}\n" for name in files)
     ids, latent_shape = np.array([labels[name] for name in files], np.int64), (shape[0] // 2, *shape[1:])
     return Dump("repa", ids, files, latent_shape, ("images",) if pictures else (), read, resolution, listing)
+
+
+def pair_images(files: list[str], images: Path) -> list[Path]:
+    """The image of each latent: in the same directory and with the same number, as `img00000012.png` and
+    `img-mean-std-00000012.npy`, or with the same name where there is no number.
+
+    Raises:
+        ValueError: a latent has no image, or several.
+    """
+
+    def key(name: str) -> tuple[str, str]:
+        path = PurePosixPath(name)
+        return str(path.parent), (re.findall(r"\d+", path.stem) or [path.stem])[-1]
+
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in image_names(images):
+        found.setdefault(key(name), []).append(name)
+    for name in files:
+        if len(found.get(key(name), ())) != 1:
+            several = ", ".join(found.get(key(name), ())) or "none"
+            raise ValueError(f"expected one image in {images} with the number of the latent {name}, found {several}")
+    return [images / found[key(name)][0] for name in files]
 
 
 def _read_moments(path: Path, shape: tuple[int, ...] | None) -> np.ndarray:  # -> (2C, H, W)
@@ -277,7 +298,7 @@ def read_class_names(config: ImportConfig, count: int) -> list[str]:
     if config.class_names is None:
         return [str(label) for label in range(count)]
     try:
-        names = Path(config.class_names).read_text().splitlines()
+        names = Path(config.class_names).read_text().removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--class-names: expected a text file, found {config.class_names} ({error})") from error
     if len(names) < count:
@@ -314,7 +335,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # The store: begun now, found half done, or complete.
     settings = {name: getattr(config, name, None) for name in SETTINGS}
-    settings |= {"format": dump.format, "source_sha256": hashlib.sha256(dump.listing.encode()).hexdigest(), "vae": vae}
+    settings |= {
+        "format": dump.format,
+        "source_sha256": hashlib.sha256(dump.listing.encode(errors="surrogateescape")).hexdigest(),
+        "vae": vae,
+    }
     settings |= {"scale": scale and scale.to_dict(), "resolution": resolution, "class_names": tuple(class_names)}
     shapes = dict.fromkeys(("moments", *dump.kinds), (2 * C, H, W))
     shapes |= {"images": (resolution, resolution, 3)} if "images" in shapes else {}

@@ -5,6 +5,7 @@ A source lists its images once, in one order on every machine, and reads the byt
     names        one per image, unique, relative to the source
     labels       class ids, in the order of `names`
     class_names  by class id
+    left_out     how many files of the source are no images, by extension
     read(index)  the bytes of an encoded image
 """
 
@@ -14,13 +15,14 @@ import glob
 import json
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from runtime.images import EXTENSIONS, image_names, is_hidden, is_image
+from runtime.images import EXTENSIONS, file_names, is_hidden, is_image, left_out
 
 MAX_FILE_BYTES = 2**30  # of a packed file: more would fill the memory before anything could be said of it
 
@@ -32,7 +34,7 @@ def open_source(location: str | Path) -> Source:
         ValueError: nothing there, no class folders, no images, or an archive that cannot be read.
     """
     path = Path(location)
-    if any(character in str(location) for character in "*?["):
+    if not path.exists() and any(character in str(location) for character in "*?["):
         files = sorted(glob.glob(str(location), recursive=True))
         if not files:
             raise ValueError(f"--source: no file matches {location}")
@@ -41,29 +43,59 @@ def open_source(location: str | Path) -> Source:
         raise ValueError(f"--source: expected a folder, a zip or parquet files, found nothing at {path}")
     if path.is_file():
         return ParquetSource([path]) if path.suffix == ".parquet" else ZipSource(path)
-    files = sorted(path.rglob("*.parquet"))
-    return ParquetSource(files) if files else FolderSource(path)
+    names = file_names(path)
+    if any(map(is_image, names)):
+        return FolderSource(path, names)
+    shards = [path / name for name in names if name.endswith(".parquet")]
+    return ParquetSource(shards) if shards else FolderSource(path, names)
 
 
-def _by_class(names: list[str], location: Path) -> tuple[list[int], list[str]]:
-    """Labels of sorted names, and the classes: the first folder of each name, in sorted order."""
+def _by_class(names: list[str], location: Path, around: str = "") -> tuple[list[int], list[str]]:
+    """Labels of sorted names, and the classes: the first directory of each name, in sorted order.
+
+    Args:
+        around: directories of a zip around all classes.
+    """
     if not names:
         raise ValueError(f"--source: expected images ({' '.join(sorted(EXTENSIONS))}), found none in {location}")
     loose = [name for name in names if "/" not in name]
     if loose:
-        fix = "put each class into a folder of its own (one folder will do for images without classes)"
-        raise ValueError(f"--source: expected class folders in {location}, found none around {loose[0]}; {fix}")
+        fix = "put each class into a directory of its own (one directory will do for images without classes)"
+        raise ValueError(f"--source: expected class directories in {location}, found none around {loose[0]}; {fix}")
     class_names = sorted({name.split("/", 1)[0] for name in names})
+    if all(name.count("/") > 1 for name in names):
+        found = f"{', '.join(class_names[:4])}, which hold directories alone"
+        fix = f"give {location / around / class_names[0]}" if not around else "pack the class directories themselves"
+        raise ValueError(f"--source: expected class directories with images in {location}, found {found}; {fix}")
     ids = {class_name: label for label, class_name in enumerate(class_names)}
     return [ids[name.split("/", 1)[0]] for name in names], class_names
 
 
-class FolderSource:
-    """Class folders, each of which may hold folders in turn."""
+def describe(source: Source) -> str:
+    """Images by class, and what of the source is left out, in a line."""
+    counts = Counter(source.labels)
+    classes = [f"{name} {counts[label]:,}" for label, name in enumerate(source.class_names)]
+    more = f", ... ({len(classes):,} classes in all)" if len(classes) > 12 else ""
+    text = f"{len(source.names):,} images: {', '.join(classes[:12])}{more}"
+    if source.empty:
+        text += f"; without images, and not counted as classes: {', '.join(source.empty[:12])}"
+    others = ", ".join(f"{count:,} {kind}" for kind, count in sorted(source.left_out.items()))
+    return text + (f"; no images, left out: {others}" if others else "")
 
-    def __init__(self, folder: Path):
-        self.folder, self.names = folder, image_names(folder)
+
+class FolderSource:
+    """Class directories, each of which may hold directories in turn.
+
+    Args:
+        files: its `file_names`.
+    """
+
+    def __init__(self, folder: Path, files: list[str]):
+        self.folder, self.left_out = folder, left_out(files)
+        self.names = [name for name in files if is_image(name.rpartition("/")[2])]
         self.labels, self.class_names = _by_class(self.names, folder)
+        inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+        self.empty = [name for name in inside if name not in self.class_names]
 
     def read(self, index: int) -> bytes:
         return (self.folder / self.names[index]).read_bytes()
@@ -76,18 +108,22 @@ class ZipSource:
         self.path = path
         try:
             with zipfile.ZipFile(path) as archive:
-                members = [PurePosixPath(name) for name in archive.namelist()]
+                entries = [PurePosixPath(entry.filename) for entry in archive.infolist() if not entry.is_dir()]
         except (zipfile.BadZipFile, OSError) as error:
             expected = "expected a folder, a zip or parquet files"
             raise ValueError(f"--source: {expected}; {path} is no zip ({error})") from error
-        members = [m for m in members if is_image(m.name) and not any(map(is_hidden, m.parts))]
+        entries = [entry for entry in entries if not any(map(is_hidden, entry.parts))]
+        members, self.left_out = [m for m in entries if is_image(m.name)], left_out(map(str, entries))
         depth = 0  # folders around all classes
         while all(len(m.parts) > depth + 2 for m in members) and len({m.parts[depth] for m in members}) == 1:
             depth += 1
         self.prefix = "/".join(members[0].parts[:depth]) + "/" if depth else ""
         names = [str(member).removeprefix(self.prefix) for member in members]
         self.names = sorted(names, key=lambda name: name.split("/"))
-        self.labels, self.class_names = _by_class(self.names, path)
+        self.labels, self.class_names = _by_class(self.names, path, self.prefix)
+        self.empty = sorted(
+            {entry.parts[depth] for entry in entries if len(entry.parts) > depth + 1} - {*self.class_names}
+        )
         self._archive: zipfile.ZipFile | None = None
 
     def read(self, index: int) -> bytes:
@@ -110,7 +146,7 @@ class ParquetSource:
 
     def __init__(self, files: list[Path]):
         _check_one_split(files)
-        self.files = files
+        self.files, self.left_out, self.empty = files, {}, []
         self.names, self.labels, self.class_names = [], [], []
         self._groups: list[tuple[int, int]] = []  # (file, row group), in order
         starts = [0]

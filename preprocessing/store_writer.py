@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,10 @@ from models.vae import LatentScale
 from runtime import provenance
 from runtime.files import LOCK, Field, read_record, sha256, to_checksummed_json, write_at, write_atomically
 
+NOTICED = {
+    "alpha": "have transparency, which is dropped unless --alpha white is given",
+    "rotated": "ask to be turned (EXIF), which they are with --exif-orientation alone",
+}
 Config = TypeVar("Config")
 Arrays = dict[str, np.ndarray]  # by kind
 Shapes = dict[str, tuple[int, ...]]
@@ -130,6 +135,9 @@ class LatentStoreWriter:
             f"{self.directory}: {meta['count']:,} images of {meta['num_classes']} classes, {len(meta['skipped'])} "
             f"skipped; latents {tuple(meta['latent_shape'])}, scaled to a std of {std:.4f}"
         )
+        for what, words in NOTICED.items():
+            if meta["noticed"].get(what):
+                print(f"warning: {meta['noticed'][what]:,} images {words}", file=sys.stderr)
         if not 0.5 < std < 2:
             print("warning: expected a std near 1; make the store again with --scale auto", file=sys.stderr)
 
@@ -152,6 +160,7 @@ class LatentStoreWriter:
         meta = {
             "format": FORMAT,
             "version": VERSION,
+            "left_out": {},
             **meta,
             "latent_shape": [self.shapes["moments"][0] // 2, *self.shapes["moments"][1:]],
             "dtype": self.dtype,
@@ -163,6 +172,7 @@ class LatentStoreWriter:
             "labels_sha256": sha256(self.directory / "labels.npy"),
             "paths_sha256": sha256(self.directory / "paths.txt"),
             "skipped": [entry for record in records for entry in record["skipped"]],
+            "noticed": dict(sum((Counter(record.get("noticed", {})) for record in records), Counter())),
         }
         write_atomically(self.directory / "meta.json", to_checksummed_json(meta))
         shutil.rmtree(self.records)
@@ -181,13 +191,22 @@ class ShardWriter:
         self.items = sum(batch["items"] for batch in self.batches)
         self.rows = sum(len(batch["labels"]) for batch in self.batches)
 
-    def append(self, items: int, arrays: Arrays, labels: list[int], paths: list[str], skipped: Sequence = ()) -> None:
+    def append(
+        self,
+        items: int,
+        arrays: Arrays,
+        labels: list[int],
+        paths: list[str],
+        skipped: Sequence = (),
+        noticed: Mapping | None = None,
+    ) -> None:
         """Add a batch: `items` source items, of which those in `skipped` have no row.
 
         Args:
             arrays: {kind: (b, ...)} for each kind of the store; nothing where all were skipped.
             labels: b class ids. paths: b sources.
             skipped: JSON values that name the others.
+            noticed: numbers of images, by what is worth knowing of them.
         """
         digests = {}
         for kind, rows in arrays.items():
@@ -207,6 +226,7 @@ class ShardWriter:
             "skipped": list(skipped),
             "statistics": latent_statistics(arrays["moments"]) if arrays else [],
             "sha256": digests,
+            "noticed": dict(noticed or {}),
         }
         with open(self.journal, "a") as file:  # behind the rows: a batch counts once its line is whole
             file.write(json.dumps(batch) + "\n")
@@ -234,6 +254,7 @@ class ShardWriter:
         record = {"rows": self.rows, "files": files}
         record |= {kind: [x for batch in self.batches for x in batch[kind]] for kind in ("labels", "paths", "skipped")}
         record["statistics"] = [batch["statistics"] for batch in self.batches]
+        record["noticed"] = dict(sum((Counter(batch.get("noticed", {})) for batch in self.batches), Counter()))
         write_atomically(self.record_file, json.dumps(record))
         self.journal.unlink(missing_ok=True)
         self.closed = True

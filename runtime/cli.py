@@ -225,6 +225,8 @@ def run(main: Callable[[], None]) -> None:
 
     A ValueError that a library raised is a defect of ours and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8
     try:
         main()
     except ValueError as error:

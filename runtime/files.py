@@ -45,7 +45,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")  # several processes may write it at once
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
         fsync(temporary)
         os.replace(temporary, path)
     finally:

@@ -1,22 +1,32 @@
-"""What is an image, where images lie below a directory, how they are read, and the crop that makes them square."""
+"""What is an image, where images lie below a directory, how they are read, and the crop that makes them square.
+
+One answer to each for stores, references, samples and pictures to be shown.
+"""
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import struct
 import zlib
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+# Pillow's readers that may see a file, whatever its name: no other (an EPS named .png would start Ghostscript).
+FORMATS = "AVIF BMP GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split()
 # Only these are looked at; what is inside is decided by content, so that a PNG named .jpg is read.
-EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+_NAMES = "jpg jpeg jpe jfif mpo png apng webp bmp dib tif tiff gif ppm pgm pbm pnm jp2 j2k jpx tga avif"
+EXTENSIONS = {f".{name}" for name in _NAMES.split()}
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS * 2  # 179 million: Pillow opens none that have more
+ALPHA = ("drop", "white")
 
 # What Pillow's readers raise for damaged files, beside OSError.
 DAMAGE = (ValueError, SyntaxError, EOFError, IndexError, TypeError, OverflowError, struct.error, zlib.error)
-DAMAGE += (Image.DecompressionBombError,)
 
 
 def is_hidden(name: str) -> bool:
@@ -28,30 +38,102 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not is_hidden(name)
 
 
-def image_names(directory: str | Path) -> list[str]:
-    """The images below a directory, relative to it, with "/" on every system; sorted directory by directory."""
+def file_names(directory: str | Path) -> list[str]:
+    """The files below a directory that are not hidden, relative to it, with "/" on every system; links are followed.
+    Sorted directory by directory."""
     names = []
     for root, directories, files in os.walk(directory, followlinks=True):  # 1.3 million files: no Path for each
-        directories[:] = [name for name in directories if not is_hidden(name)]
+        here = os.path.realpath(root) + os.sep
+        directories[:] = [  # without links that lead back up
+            name
+            for name in directories
+            if not is_hidden(name) and not here.startswith(os.path.realpath(os.path.join(root, name)) + os.sep)
+        ]
         parts = Path(root).relative_to(directory).parts
-        names += ["/".join((*parts, name)) for name in files if is_image(name)]
+        names += ["/".join((*parts, name)) for name in files if not is_hidden(name)]
     return sorted(names, key=lambda name: name.split("/"))
 
 
-def decode_image(content: bytes) -> Image.Image:
-    """An RGB image from encoded bytes of any kind that Pillow reads: CMYK, grey, palette, 16 bits, transparency.
+def image_names(directory: str | Path) -> list[str]:
+    """The images among `file_names`."""
+    return [name for name in file_names(directory) if is_image(name.rpartition("/")[2])]
+
+
+def left_out(names: Iterable[str]) -> dict[str, int]:
+    """How many of these files are no images, by their extension."""
+    others = (name.rpartition("/")[2] for name in names)
+    return dict(Counter(os.path.splitext(name)[1].lower() or name for name in others if not is_image(name)))
+
+
+@functools.cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def open_image(file: str | Path | io.BytesIO) -> Image.Image:
+    """A file of one of `FORMATS`, of which only the header has been read.
 
     Raises:
-        OSError: the bytes are no whole image, or one of more than 179 million pixels.
+        OSError: it is none, or has too many pixels.
     """
     try:
-        image = Image.open(io.BytesIO(content))
+        return Image.open(file, formats=_formats())
+    except Image.DecompressionBombError as error:
+        raise OSError(
+            f"more than {MAX_PIXELS / 1e6:.0f} million pixels; make it smaller with another program"
+        ) from error
+    except (OSError, *DAMAGE) as error:
+        unknown = isinstance(error, Image.UnidentifiedImageError)  # whose text is of the object in memory
+        raise OSError("no image of a known kind" if unknown else str(error)) from error
+
+
+def read_image(content: bytes, alpha: str = "drop", exif_orientation: bool = False) -> tuple[Image.Image, list[str]]:
+    """An RGB image from encoded bytes of any kind: CMYK, grey, palette, more than 8 bits, transparency.
+
+    Args:
+        alpha: "drop" takes the colours below transparency, as the field's scripts do; "white" puts it on white.
+        exif_orientation: turn the image as its camera asks for; the field's scripts do not.
+
+    Returns:
+        The image, and what was noticed: "alpha", "rotated".
+
+    Raises:
+        OSError: the bytes are no whole image, one with too many pixels, or one whose range of values is unknown.
+    """
+    if not content:
+        raise OSError("an empty file")
+    image = open_image(io.BytesIO(content))
+    try:
+        rotated = image.getexif().get(0x0112, 1) not in (0, 1)
+        noticed = ["alpha"] * image.has_transparency_data + ["rotated"] * rotated
+        image = ImageOps.exif_transpose(image) if exif_orientation and rotated else image
         image.load()
-        if image.mode.startswith("I"):  # 16 bits in integers, which convert() would clip at 255
-            return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
+        if image.mode.startswith(("I", "F")):
+            return _to_8_bits(image).convert("RGB"), noticed
+        if alpha == "white" and image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB"), noticed
     except DAMAGE as error:
         raise OSError(str(error)) from error
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """`read_image` with its defaults, without what was noticed."""
+    return read_image(content)[0]
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey values of more than 8 bits, by the largest value that their file allows."""
+    tags = getattr(image, "tag_v2", {})  # of TIFF: bits of a sample, and its largest value if that is recorded
+    bits, largest = tags.get(258, (16,))[0], tags.get(281)
+    if image.mode.startswith("F") or (bits > 16 and not largest):
+        kind = "floats" if image.mode.startswith("F") else f"integers of {bits} bits"
+        raise OSError(f"{kind}, whose range is not recorded; save it with 8 or 16 bits")
+    largest = (largest[0] if isinstance(largest, tuple) else largest) or 2**bits - 1
+    values = np.asarray(image).astype(np.float64) * (255 / largest)
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:  # -> (R, R, 3) uint8
@@ -60,10 +142,16 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:  # -> (R, R, 3) ui
     Args:
         image: RGB, any size.
         size: R, side of the result in pixels.
+
+    Raises:
+        OSError: it is so narrow that it would have too many pixels on the way.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    scaled = round(image.width * scale), round(image.height * scale)
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        raise OSError(f"{image.width} x {image.height} pixels are too narrow a picture for a crop of {size}")
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image)[top : top + size, left : left + size].copy()

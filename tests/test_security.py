@@ -60,7 +60,7 @@ def test_members_of_a_zip_stay_where_they_are(tmp_path):
 def test_bombs_are_refused(tmp_path, monkeypatch):
     content = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(content, "PNG")  # 400 million pixels in 60 KB
-    with pytest.raises(OSError, match="decompression bomb"):
+    with pytest.raises(OSError, match="more than 179 million pixels"):
         decode_image(content.getvalue())
     monkeypatch.setattr(sources, "MAX_FILE_BYTES", 1000)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -83,7 +83,7 @@ def test_a_damaged_member_of_a_zip_is_an_unreadable_file(kind, tmp_path):
 
 @pytest.mark.parametrize("error", [TypeError, OverflowError, zipfile.zlib.error])
 def test_what_pillow_raises_for_damaged_files_is_an_unreadable_file(error, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise error("inside")
 
     monkeypatch.setattr(Image, "open", broken)
