@@ -84,7 +84,7 @@ from preprocessing.store_writer import (
 from runtime.distributed import allow_tf32, barrier, choose_device, copy_to_host_async, hold_directory
 from runtime.files import Field
 from runtime.images import center_crop, read_image
-from runtime.loading import loading, wait_for_batches
+from runtime.loading import loading, wait_for_batches, worker_errors
 
 # What determines the content of a store, in its record. A setting that comes later needs Field(historic): what the
 # stores that lack it were made with.
@@ -197,7 +197,7 @@ def encode_shards(
     total = sum(len(indices) for _, indices in shards)
     done = total - sum(len(indices) for _, indices, _ in todo)
     bar = tqdm(total=total, initial=done, desc="encoding", unit="image", disable=rank > 0, dynamic_ncols=True)
-    with bar, ThreadPoolExecutor(1) as writer:
+    with worker_errors(), bar, ThreadPoolExecutor(1) as writer:
         in_flight: deque[Future[int]] = deque()
         for (shard, _, last), batch in zip(todo, wait_for_batches(loader), strict=True):
             if batch.unread and not config.skip_corrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing.queues
 import os
 import shutil
@@ -40,16 +41,12 @@ def _end_worker(error: BaseException, batch: Any) -> None:
     os._exit(1)
 
 
-def wait_for_batches(
-    loader: DataLoader, stopped: Callable[[], Any] = lambda: None, about: Callable[[], str] = lambda: ""
-) -> Iterator[Any]:
-    """The batches of a loader that was made with `loading`; ends early, between two of them, once `stopped` says so.
-
-    Args:
-        about: what was to be read, for errors.
+def wait_for_batches(loader: DataLoader, stopped: Callable[[], Any] = lambda: None) -> Iterator[Any]:
+    """The batches of a loader that was made with `loading`, to be read within `worker_errors`; ends early, between two
+    of them, once `stopped` says so.
 
     Raises:
-        ValueError: a worker died, or none has given anything for `PATIENCE` seconds.
+        RuntimeError: none has come for `PATIENCE` seconds.
     """
     batches, last = iter(loader), time.monotonic()
     while True:
@@ -58,24 +55,36 @@ def wait_for_batches(
         except StopIteration:
             return
         except RuntimeError as error:
-            timed_out = str(error).startswith("DataLoader timed out")
-            if timed_out and stopped():
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+            if stopped():
                 return
-            if timed_out and time.monotonic() - last < PATIENCE:
-                continue
-            if timed_out or str(error).startswith("DataLoader worker"):
-                reason = f"no batch for {PATIENCE} s" if timed_out else " ".join(str(error).split())[:160]
-                raise ValueError(worker_error(reason, about())) from error
-            raise
+            if time.monotonic() - last > PATIENCE:
+                raise RuntimeError(f"DataLoader workers gave no batch for {PATIENCE} s") from error
+            continue
         yield batch
         last = time.monotonic()
 
 
-def worker_error(reason: str, about: str = "") -> str:
-    """What to say of DataLoader workers that died or hang, and what helps."""
-    room = f", {shutil.disk_usage(SHARED_MEMORY).free / 2**20:.0f} MB free" if SHARED_MEMORY.is_dir() else ""
-    return (
-        f"expected batches from the DataLoader workers, found {reason}{about}; look at the memory, the disk of the "
-        f"data and the shared memory ({SHARED_MEMORY}{room}: in a container give --ipc=host or --shm-size); or give "
-        f"--num-workers 0"
-    )
+@contextlib.contextmanager
+def worker_errors(about: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """DataLoader workers that die, which torch says by an error wherever the main thread is, or hang: one line.
+
+    Args:
+        about: what was to be read, in words.
+
+    Raises:
+        ValueError: they do; names what helps.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(("DataLoader worker", "Too many open files")):
+            raise
+        size = f", {shutil.disk_usage(SHARED_MEMORY).total / 2**20:.0f} MB" if SHARED_MEMORY.is_dir() else ""
+        found = " ".join(str(error).partition(". ")[0].split()) + about()
+        raise ValueError(
+            f"expected batches from the DataLoader workers, found {found}; look at the memory, the disk of the data "
+            f"and the shared memory ({SHARED_MEMORY}{size}: in a container give --ipc=host or --shm-size); or give "
+            f"--num-workers 0"
+        ) from error
