@@ -302,10 +302,10 @@ def main(argv: list[str] | None = None) -> None:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=config.timeout))
     with hold_directory(Path(config.output_dir), check_directory):
         make_store(config, source, items, vae, rank, world_size)
+        if config.verify and rank == 0:
+            verify(config, source, vae)
     if world_size > 1:
         torch.distributed.destroy_process_group()
-    if config.verify and rank == 0:
-        verify(config, source, vae)
 
 
 def make_store(

@@ -114,8 +114,8 @@ def hold_directory(directory: Path, check: Callable[[Path], None] = lambda direc
             yield
     finally:
         for held in locks:
+            (directory / LOCK).unlink(missing_ok=True)  # while it is held: later, it may be another program's
             held.release()
-            (directory / LOCK).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 directory.rmdir()  # if nothing was written to it
 

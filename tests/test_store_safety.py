@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import UnixFileLock
 
 import train
 from dataset import LatentDataset, store_digest
 from preprocessing import dump_latents
 from preprocessing.store_writer import LatentStoreWriter
 from runtime.distributed import copy_to_host_async, hold_directory
-from runtime.files import to_checksummed_json
+from runtime.files import lock_directory, to_checksummed_json
 from tests.stores import make_store, make_vae
 from tests.test_dump_latents import contents, flags, picture
 from tests.test_train import run, settings
@@ -128,3 +129,32 @@ def test_the_end_of_a_copy_is_awaited_on_the_tensors_own_device(monkeypatch):
     wait = copy_to_host_async(SimpleNamespace(is_cuda=True, shape=(2,), dtype=torch.float32, device=device))
     assert np.array_equal(wait()[0], host.numpy())
     assert events == [device]
+
+
+def test_who_ends_does_not_take_the_lock_of_who_comes_next(tmp_path, monkeypatch):
+    release, held = UnixFileLock.release, []
+
+    def release_and_come_next(self, force=False):
+        release(self, force)
+        monkeypatch.setattr(UnixFileLock, "release", release)
+        held.append(lock_directory(tmp_path / "store", "busy"))
+
+    monkeypatch.setattr(UnixFileLock, "release", release_and_come_next)
+    with hold_directory(tmp_path / "store"):
+        pass
+    with pytest.raises(ValueError, match="busy"):
+        lock_directory(tmp_path / "store", "busy")
+    held[0].release()
+
+
+def test_a_full_disk_at_the_picture_for_the_eye_is_one_line_too(images, vae, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save = dump_latents.save_image
+    monkeypatch.setattr(dump_latents, "save_image", full)
+    with pytest.raises(ValueError, match="the disk is full; make room and run the same command again"):
+        dump(images, tmp_path / "store", vae, "--verify", 2)
+    monkeypatch.setattr(dump_latents, "save_image", save)
+    dump(images, tmp_path / "store", vae, "--verify", 2)
+    assert (tmp_path / "store" / "verify.png").is_file()
