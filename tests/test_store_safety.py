@@ -158,3 +158,20 @@ def test_a_full_disk_at_the_picture_for_the_eye_is_one_line_too(images, vae, tmp
     monkeypatch.setattr(dump_latents, "save_image", save)
     dump(images, tmp_path / "store", vae, "--verify", 2)
     assert (tmp_path / "store" / "verify.png").is_file()
+
+
+def test_a_store_dumped_again_elsewhere_is_the_same_store(images, vae, tmp_path):
+    shutil.copytree(images, tmp_path / "moved" / "photos")
+    for place in (images, tmp_path / "moved" / "photos"):
+        (place / "a" / "9.png").write_bytes(b"no image")
+    try:
+        dump(images, tmp_path / "one", vae, "--skip-corrupt")
+        dump(tmp_path / "moved" / "photos", tmp_path / "two", shutil.copytree(vae, tmp_path / "vae"), "--skip-corrupt")
+    finally:
+        (images / "a" / "9.png").unlink()
+    run(tmp_path / "one", tmp_path)
+    run(tmp_path / "two", tmp_path, max_train_steps=3)  # resumes
+    one, two = (LatentDataset(tmp_path / name).meta for name in ("one", "two"))
+    assert store_digest(one) == store_digest(two)
+    assert one["vae"] != two["vae"]
+    assert one["skipped"] == two["skipped"] == [{"path": "a/9.png", "reason": "no image of a known kind"}]
