@@ -22,6 +22,7 @@ import time
 import warnings
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
@@ -41,7 +42,7 @@ from training.ema import save_snapshots
 from training.metrics import collect_metrics, log_metrics
 from training.optimizer import gather_state, learning_rate_at, release_process_group, set_learning_rate, skip_step_if
 from training.preemption import StopRequest, exit_code
-from training.setup import Run, describe, setup, warn_of_scale
+from training.setup import Run, describe, setup, warn_of_scale, warn_of_settings
 
 
 def step_noise(config: TrainConfig, step: int, sit: SiTConfig, device: torch.device) -> dict[str, Tensor]:
@@ -122,22 +123,26 @@ def sample_grid(run: Run) -> Tensor:  # -> (count, R, R, 3) uint8
     generator = block_generator(config.seed, 0, "grid", device)
     sit = run.ema.config
     x = torch.randn(count, sit.in_channels, sit.latent_size, sit.latent_size, generator=generator, device=device)
-    classes = numpy_generator(config.seed, 0, "grid classes").permutation(config.num_classes)
+    present = np.unique(run.store.labels)  # the model may know more classes
+    classes = present[numpy_generator(config.seed, 0, "grid classes").permutation(len(present))]
     y = torch.from_numpy(classes).to(device).repeat(-(-count // len(classes)))[:count].sort().values
+    # Without dropped labels the null class was never trained: nothing to guide with.
+    guidance = config.sampling_guidance if config.label_dropout else 1.0
     with run.accelerator.autocast():
-        z = sample_latents(
-            run.ema, y, lambda: x, "ode-euler", config.sampling_num_steps, run.interpolant, config.sampling_guidance
-        )
+        z = sample_latents(run.ema, y, lambda: x, "ode-euler", config.sampling_num_steps, run.interpolant, guidance)
     return decode_latents(run.vae, z, run.scale)[0]
 
 
 def log_samples(run: Run, step: int) -> None:
-    """Draw the grid of this step and hand it to `samples/<step>.png` and the tracker."""
+    """Draw the grid of this step and hand it to `samples/<step>.png` and the tracker. A full disk is a warning."""
     images = sample_grid(run).permute(0, 3, 1, 2).float() / 255
     grid = make_grid(images, nrow=round(len(images) ** 0.5), padding=2)
     directory = run.config.run_dir / "samples"
-    directory.mkdir(exist_ok=True)
-    save_image(grid, directory / f"{step:07d}.png")
+    try:
+        directory.mkdir(exist_ok=True)
+        save_image(grid, directory / f"{step:07d}.png")
+    except OSError as error:
+        warnings.warn(f"cannot write the grid of step {step} to {directory}: {error}", stacklevel=2)
     for tracker in run.accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({"samples": grid.permute(1, 2, 0)[None].cpu().numpy()}, step=step, **layout)
@@ -251,6 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     config, given = cli.parse_given(TrainConfig, argv, __doc__)
     run = setup(config, given)
     if run.accelerator.is_main_process:
+        warn_of_settings(run, given)
         warn_of_scale(run)
         print(describe(run), flush=True)
     try:

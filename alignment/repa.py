@@ -28,7 +28,7 @@ def build(context: AlignmentContext) -> AlignmentTerms:
     settings, sit = context.settings, context.sit.config
     check_depths(context, settings.repa_depth, "--repa-depth")  # before the weights are fetched
     side = math.isqrt(sit.num_tokens)
-    encoder = load_encoder(settings.repa_encoder, side, settings.repa_weights, context.device)
+    encoder = load_encoder(settings.repa_encoder, side, settings.repa_weights, context.device, settings.repa_final_norm)
     if context.compile:
         encoder.compile(dynamic=False)
 

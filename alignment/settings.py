@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from runtime.cli import check, flag
+from runtime.files import Field
 
 _alignment = partial(flag, group="alignment")
 _alignment_vae = partial(flag, group="alignment: vae")
@@ -69,6 +70,9 @@ class REPASettings:
         aliases=("--enc-type",),
     )
     repa_weights: str | None = _alignment_repa(None, "local file of its weights, not the hub; random: to measure speed")
+    repa_final_norm: bool | None = _alignment_repa(
+        None, "tokens behind the encoder's last norm; as REPA unless set: not for mae and clip", record=Field(True)
+    )
     repa_depth: tuple[int, ...] | None = _alignment_repa(None, "aligned blocks; by default Ti 2, S 4, B 4, L 8, XL 8")
     repa_weight: float = _alignment_repa(0.5, "weight of its term")
     repa_schedule: str = _alignment_repa("constant", _SCHEDULE)

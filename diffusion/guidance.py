@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-9  # of a time that falls on an end of the interval: both ends belong to it
 Velocity = Callable[[Tensor, float], Tensor]  # (x (N, ...) float64, t) -> (N, ...)
 
 
@@ -62,7 +63,7 @@ def guided_velocity(
             return model(x.float(), t, y).double()
 
     def velocity(x: Tensor, t: float) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
-        if scale == 1 or not low <= t <= high:
+        if scale == 1 or not low - ROUNDING <= t <= high + ROUNDING:
             return network(x, t, y)
         v_class, v_null = network(torch.cat([x, x]), t, y_both).chunk(2)
         return v_null + scale * (v_class - v_null)

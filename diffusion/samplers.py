@@ -27,9 +27,8 @@ def _check_steps(num_steps: int) -> None:
 
 
 def _times(start: float, end: float, count: int) -> list[float]:
-    """`count` times at equal distances, both ends included and exact; one time is the start."""
-    shares = [k / max(1, count - 1) for k in range(count)]
-    return [start * (1 - share) + end * share for share in shares]
+    """`count` times at equal distances, both ends included and exact; one time is the start. Those of SiT and REPA."""
+    return torch.linspace(start, end, count, dtype=torch.float64).tolist()
 
 
 @torch.no_grad()

@@ -37,8 +37,11 @@ ENCODERS = {
 }
 
 
+WITHOUT_FINAL_NORM = ("mae-", "clip-")  # REPA takes the tokens of these before the network's last norm
+
+
 class Encoder(nn.Module):
-    """Images to the patch tokens of a network of timm's, after its last norm, without class or register tokens.
+    """Images to the patch tokens of a network of timm's, without class or register tokens.
 
     As in REPA the image is normalised, then resized (bicubic, without antialiasing) so that it has as many patches as
     the SiT has tokens.
@@ -64,7 +67,11 @@ class Encoder(nn.Module):
 
 
 def load_encoder(
-    name: str, side: int, weights: str | Path | None = None, device: str | torch.device = "cpu"
+    name: str,
+    side: int,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    final_norm: bool | None = None,
 ) -> Encoder:
     """An encoder that gives side x side tokens: frozen, in bfloat16 on a GPU and float32 elsewhere.
 
@@ -80,6 +87,8 @@ def load_encoder(
         ValueError: timm does not know the name; the network gives no such grid; the weights cannot be had.
     """
     encoder = _build_encoder(name, side, weights)
+    if final_norm is False or (final_norm is None and name.startswith(WITHOUT_FINAL_NORM)):
+        encoder.network.norm = nn.Identity()
     size = encoder.image_size
     tokens = encoder(torch.zeros(1, size, size, 3, dtype=torch.uint8))
     if tokens.shape != (1, side**2, encoder.dim):

@@ -120,6 +120,10 @@ def load_sit(path: str | Path, ema: str | None = None) -> tuple[SiT, dict[str, A
         ValueError: no checkpoint there, a damaged one, or one that this project's SiT cannot represent.
     """
     directory = Path(path)
+    if directory.is_file() and (directory.parent / "state.json").is_file():  # of a checkpoint of ours
+        if not directory.name.startswith("ema"):
+            raise ValueError(f"expected a checkpoint's directory, found a file of it; give {directory.parent}")
+        return load_sit(directory.parent, ema or directory.stem.removeprefix("ema-"))
     if directory.is_file():
         try:
             model, info = _load_foreign(directory)

@@ -120,6 +120,10 @@ def load_vae(name_or_path: str, device: str | torch.device = "cpu") -> Autoencod
     except (OSError, ValueError) as error:
         reason = "the hub cannot be reached" if offline else " ".join(str(error).split())[:200]
         raise ValueError(f"{expected} ({reason}); without a network give a local directory") from error
+    absent = [name for name, value in vae.state_dict().items() if value.is_meta]  # diffusers only warns of them
+    if absent:
+        found = f"{len(absent)} of its tensors are not in the file, the first of them {absent[0]}"
+        raise ValueError(f"{expected}: {found}; are its keys prefixed, or is it of another architecture?")
     return vae.to(device).eval().requires_grad_(False)
 
 

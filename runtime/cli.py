@@ -122,9 +122,13 @@ def parse_given(
     if missing:
         parser.error(f"missing {', '.join(missing)} (see --help)")
     for name, value in values.items():
-        if isinstance(value, list):
-            values[name] = tuple(value)
+        values[name] = tuple(map(_at_home, value)) if isinstance(value, (list, tuple)) else _at_home(value)
     return config_class(**values), frozenset(given)
+
+
+def _at_home(value: Any) -> Any:
+    """`~` and `~/x` are the home directory, from a YAML file or a script too, where no shell makes them so."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.partition("/")[0] == "~" else value
 
 
 def _parse(parser: _Parser, fields: dict[str, dataclasses.Field], argv: Sequence[str] | None) -> dict[str, Any]:
@@ -186,13 +190,12 @@ def _yaml_to_flags(parser: _Parser, path: str, fields: dict[str, dataclasses.Fie
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(), yaml.BaseLoader)  # scalars stay the text that stands there
     except OSError as error:
         parser.error(error.strerror)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         parser.error(f"not YAML: {' '.join(str(error).split())}")
-    if content is None:
-        content = {}
+    content = content or {}
     if not isinstance(content, dict):
         parser.error(f"expected lines of `key: value`, found a {type(content).__name__}")
     names = {spelling.lstrip("-"): name for name, field in fields.items() for spelling in _spellings(field)}
@@ -202,12 +205,12 @@ def _yaml_to_flags(parser: _Parser, path: str, fields: dict[str, dataclasses.Fie
         if name is None:
             parser.error(_unknown("key", str(key), names))
         spelling = _spellings(fields[name])[0]
-        if value is None:
+        if value in ("", "null"):
             continue  # `key:` with nothing behind it keeps the default
         if _is_bool(hints[name]):
-            if not isinstance(value, bool):
+            if str(value).lower() not in ("true", "false"):
                 parser.error(f"{key}: expected true or false, found {value!r}")
-            flags.append(spelling if value else "--no-" + spelling[2:])
+            flags.append(spelling if value.lower() == "true" else "--no-" + spelling[2:])
         elif isinstance(value, list):
             flags += [spelling, *map(str, value)]
         else:

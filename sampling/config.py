@@ -81,7 +81,7 @@ class SampleConfig:
         for low, high in self.guidance_intervals():
             check(self, "guidance_low", 0 <= low <= 1, "times in [0, 1]")
             check(self, "guidance_high", low <= high <= 1, f"a time in [{low}, 1], not before --guidance-low")
-        check(self, "seed", self.seed >= 0, "at least 0")
+        check(self, "seed", 0 <= self.seed < 2**64, "an integer in [0, 2**64)")
         enough = not self.evaluate or self.num_samples > NEIGHBOURS
         check(self, "num_samples", enough, f"more than {NEIGHBOURS} beside --evaluate")
         if not (self.npz or self.png or self.evaluate):

@@ -156,7 +156,7 @@ class VAEREPAPipeline:
             ("guidance_interval", (low, high), 0 <= low <= high <= 1, "times with 0 <= low <= high <= 1"),
             ("num_inference_steps", num_inference_steps, num_inference_steps >= 1, "at least 1"),
             ("sampler", sampler, sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
-            ("seed", seed, seed >= 0, "at least 0"),
+            ("seed", seed, 0 <= seed < 2**64, "an integer in [0, 2**64)"),
             ("last_step_size", last_step_size, 0 < last_step_size < 1, "a size in (0, 1)"),
             ("batch_size", batch_size, whole, f"a multiple of {BLOCK} (one block of images)"),
             ("height", height, height in (None, resolution), one_size),

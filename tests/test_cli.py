@@ -66,7 +66,7 @@ def test_mistakes_are_one_line_and_code_2(arguments, message, capsys):
     [
         ("sorce: x", "unknown key sorce; did you mean source?"),
         ("rate: fast", "invalid float value"),
-        ("fast: 3", "fast: expected true or false, found 3"),
+        ("fast: 3", "fast: expected true or false, found '3'"),
         ("- a", "expected lines of `key: value`, found a list"),
         ("a: [", "not YAML"),
     ],
@@ -110,3 +110,34 @@ def test_our_own_value_errors_are_one_line_and_library_ones_keep_their_traceback
     library = run_main("import fractions\ndef main():\n    fractions.Fraction('x')\n", tmp_path)
     assert library.returncode == 1
     assert "Traceback" in library.stderr
+
+
+@dataclass(frozen=True)
+class Texts:
+    name: str = flag("x", "a name")
+    number: float = flag(1.0, "a number")
+    paths: tuple[str, ...] = flag((), "paths")
+    on: bool = flag(False, "a switch")
+
+
+@pytest.mark.parametrize(
+    "text", ["no", "off", "0042", "1e-4", "12:30:45", "2024-01-01", "0x1f", "~x", "null0", "1_000"]
+)
+def test_a_scalar_of_a_config_file_is_the_text_that_stands_there(text, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"name: {text}\npaths: [{text}, a]\n")
+    found = cli.parse(Texts, ["--config", str(tmp_path / "c.yaml")])
+    assert (found.name, found.paths) == (text, (text, "a"))
+    assert found == cli.parse(Texts, ["--name", text, "--paths", text, "a"])
+
+
+def test_numbers_and_switches_are_typed_by_their_flag(tmp_path):
+    (tmp_path / "c.yaml").write_text("number: 1e-4\non: True\nname:\n")
+    assert cli.parse(Texts, ["--config", str(tmp_path / "c.yaml")]) == Texts("x", 1e-4, (), True)
+
+
+def test_a_tilde_is_home_wherever_it_comes_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "c.yaml").write_text("name: ~/runs\npaths: [~, ~/a, b~]\n")
+    found = cli.parse(Texts, ["--config", str(tmp_path / "c.yaml")])
+    assert (found.name, found.paths) == ("/home/me/runs", ("/home/me", "/home/me/a", "b~"))
+    assert cli.parse(Texts, ["--name", "~/runs"]).name == "/home/me/runs"

@@ -154,6 +154,21 @@ def test_encoders_with_registers_rotary_positions_or_no_class_token(name, tokens
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize(("name", "behind_norm"), [("mae-vit-b", False), ("clip-vit-b", False), ("siglip-vit-b", True)])
+def test_tokens_are_taken_where_repa_takes_them(name, behind_norm, tmp_path):
+    """Of MAE and CLIP behind the last block; of the others behind the last norm."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model(ENCODERS[name], num_classes=0).state_dict(), tmp_path / "w.pth")
+    encoder, normed = (load_encoder(name, 4, tmp_path / "w.pth", final_norm=norm) for norm in (None, True))
+    images = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
+    seen = []
+    encoder.network.blocks[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    found, last = encoder(images), normed(images)
+    last_block = seen[0][:, encoder.network.num_prefix_tokens :]
+    torch.testing.assert_close(found, last if behind_norm else last_block)
+    assert not torch.allclose(last, last_block)
+
+
 class Dangerous:
     def __init__(self, file):
         self.file = file

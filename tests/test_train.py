@@ -314,6 +314,7 @@ def test_every_flag_is_either_free_on_resume_or_tested_above():
         "allow_tf32",  # shows on a GPU alone
         "skip_spikes", "spike_factor",  # below
         "lr_decay_steps", "lr_final", "ema_power",  # in test_optimizer.py, test_posthoc_ema.py
+        "repa_final_norm",  # in test_methods.py
     }  # fmt: skip
     tested = set(CHANGES) | set(JOINT_CHANGES)
     assert {field.name for field in dataclasses.fields(TrainConfig)} == (

@@ -110,7 +110,7 @@ def write_checkpoint(run_dir: str | Path, step: int, content: dict[str, Any], in
         for file in partial.iterdir():
             fsync(file)
         fsync(partial)
-        shutil.rmtree(directory, ignore_errors=True)  # a damaged one of the same step, which a resumed run makes again
+        remove(directory)  # a damaged one of the same step, which a resumed run makes again
         os.replace(partial, directory)
         fsync(directory.parent)
     except BaseException:
@@ -188,13 +188,18 @@ class CheckpointWriter:
         rotate_checkpoints(self.run_dir, self.keep_last, self.keep_every)
 
 
+def remove(directory: Path) -> None:
+    """Remove a directory if it is there, or the link that stands for one."""
+    directory.unlink() if directory.is_symlink() else shutil.rmtree(directory, ignore_errors=True)
+
+
 def rotate_checkpoints(run_dir: str | Path, keep_last: int, keep_every: int) -> None:
     """Delete all but the `keep_last` newest checkpoints and those whose step `keep_every` divides (0: none of them)."""
     for path in checkpoints(run_dir)[:-keep_last]:
         if not (keep_every and int(path.name) % keep_every == 0):
             doomed = path.with_name(f".{path.name}.partial")  # so that a kill in between leaves no half checkpoint
             os.replace(path, doomed)
-            shutil.rmtree(doomed)
+            remove(doomed)
 
 
 def latest_valid_checkpoint(run_dir: str | Path) -> Path | None:

@@ -63,6 +63,7 @@ _RANGES = (
         "at least 0",
     ),
     ("learning_rate max_grad_norm adam_epsilon spike_factor", lambda value: value > 0, "more than 0"),
+    ("seed", lambda value: -(2**63) <= value < 2**64, "an integer in [-2**63, 2**64)"),
     ("label_dropout", lambda value: 0 <= value <= 1, "a value in [0, 1]"),
     ("ema_decay", lambda values: all(0 <= value <= 1 for value in values), "values in [0, 1]"),
     ("ema_power", lambda values: all(0 < value < 0.288 for value in values), "relative widths in (0, 0.288)"),

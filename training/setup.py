@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,11 @@ from models.vae import UNKNOWN_VAE, LatentScale, check_vae, load_vae
 from reporting.log import RunLog
 from runtime.cli import check
 from runtime.distributed import allow_tf32, check_ranks_agree, run_on_rank0
-from runtime.files import sha256, to_json, write_atomically
+from runtime.files import full_disk_is_an_error, sha256, to_json, write_atomically
 from runtime.loading import loading
 from runtime.seeding import block_generator, step_generator
 from training.checkpoint import CheckpointWriter, load_checkpoint, make_records
-from training.config import TrainConfig
+from training.config import TrainConfig, settings_by
 from training.ema import EMAUpdater, decays
 from training.nonfinite import StepGuard
 from training.optimizer import fix_loaded_state, make_optimizer
@@ -215,7 +216,21 @@ def check_data(config: TrainConfig, store: LatentDataset, checkpoint: Path | Non
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Devices, processes, precision and trackers, by accelerate."""
+    """Devices, processes, precision and trackers, by accelerate.
+
+    Raises:
+        ValueError: the launcher (`accelerate config`, or its environment) has set what this trainer does not support.
+    """
+    set_by_launcher = {
+        "ACCELERATE_DYNAMO_BACKEND": ("no", "use --compile"),
+        "ACCELERATE_USE_FSDP": ("false", "use --zero1"),
+        "ACCELERATE_USE_DEEPSPEED": ("false", "use --zero1"),
+        "ACCELERATE_USE_MEGATRON_LM": ("false", "leave it out"),
+    }
+    for name, (expected, fix) in set_by_launcher.items():
+        found = os.environ.get(name, expected)
+        if found.lower() not in (expected, "0", ""):
+            raise ValueError(f"expected accelerate to be configured without it, found {name}={found}; {fix}")
     allow_tf32(config.allow_tf32)
     # Buffers are constants. (torch 2.6, which we support, does not know the newer name of this argument.)
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
@@ -355,14 +370,37 @@ def start_records(
     lock = log = None
     if accelerator.is_main_process:
         lock = lock_run_dir(config.run_dir)
-        write_atomically(config.run_dir / "config.json", to_json(record))
-        log = RunLog(config.run_dir, start)
-    accelerator.init_trackers(
-        config.tracker_project,
-        {name: str(value) for name, value in record["config"].items()},
-        {"wandb": {"name": config.run_dir.name, "dir": str(config.run_dir)}},
-    )
+        with full_disk_is_an_error(config.run_dir):
+            write_atomically(config.run_dir / "config.json", to_json(record))
+            log = RunLog(config.run_dir, start)
+    try:
+        accelerator.init_trackers(
+            config.tracker_project,
+            {name: str(value) for name, value in record["config"].items()},
+            {"wandb": {"name": config.run_dir.name, "dir": str(config.run_dir)}},
+        )
+    except Exception as error:  # each tracker has its own
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"--report-to {config.report_to}: cannot start it ({reason}); log in, or leave it out"
+        ) from error
     return log, lock
+
+
+def warn_of_settings(run: Run, given: frozenset[str]) -> None:
+    """Say which settings do nothing."""
+    config, names = run.config, parse_align(run.config.align)
+    for method in METHODS:
+        unused = sorted(given & settings_by(group=f"alignment: {method}"))
+        if method not in names and unused:
+            flags = ", ".join("--" + name.replace("_", "-") for name in unused)
+            warnings.warn(f"{flags} does nothing: --align {config.align} has no {method}", stacklevel=2)
+    if config.sampling_steps and not config.label_dropout and config.sampling_guidance != 1:
+        warnings.warn(
+            "grids are drawn without guidance: with --label-dropout 0 the null class is not trained", stacklevel=2
+        )
+    if run.start >= config.max_train_steps:
+        warnings.warn(f"the run is at step {run.start} already: nothing is left of --max-train-steps", stacklevel=2)
 
 
 def warn_of_scale(run: Run) -> None:
