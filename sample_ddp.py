@@ -88,7 +88,7 @@ def sample(config: SampleConfig, given: frozenset[str], rank: int, processes: in
             allow_tf32(settings["tf32"])
             load_as = settings["compile"], settings["vae_precision"]
             if load_as != loaded_as:
-                sit = sit if loaded_as is None else load_sit(info["source"])[0]
+                sit = sit if loaded_as is None else load_sit(info["source"], config.ema)[0]
                 vae, loaded_as = load_vae(info["vae"]), load_as
                 shape = settings["resolution"], settings["latent_shape"]
                 check_vae(vae, info["vae"], settings["vae_digest"], "the checkpoint", *shape)
@@ -116,7 +116,7 @@ def load_model(config: SampleConfig, checkpoint: str, rank: int) -> tuple[SiT, d
     Raises:
         ValueError: the checkpoint does not tell enough.
     """
-    sit, info = load_sit(checkpoint)
+    sit, info = load_sit(checkpoint, config.ema)
     if info["scale"] is None:
         raise ValueError(
             f"--checkpoint {checkpoint}: expected a file that tells the scale of its latents, or latents of 4 "

@@ -176,7 +176,7 @@ def fit(run: Run) -> None:
     device, rank0 = accelerator.device, accelerator.is_main_process
     stop = StopRequest()
     batches = wait_for_batches(run.loader, lambda: stop.received)
-    begin, stopped = time.perf_counter(), None
+    begin, stopped, saved = time.perf_counter(), None, time.monotonic()
     profile = start_profiler(config) if config.profile and rank0 else None
     steps = range(run.start, config.max_train_steps)
     progress = tqdm(steps, "training", config.max_train_steps, initial=run.start, disable=not rank0, dynamic_ncols=True)
@@ -192,11 +192,14 @@ def fit(run: Run) -> None:
         train_step(run, index, micro_batches)
         if profile:
             profile.step()
-        step, stopped = index + 1, stop.agreed()
+        # Rank 0's clock alone says when a checkpoint is due; all ranks hear of it a step later.
+        late = rank0 and time.monotonic() - saved > 60 * config.checkpoint_minutes
+        saved = time.monotonic() if late else saved
+        step, (stopped, late) = index + 1, stop.agreed(late)
 
         # What is due after it?
         last = step == config.max_train_steps
-        save = last or stopped or step % config.checkpointing_steps == 0
+        save = last or stopped or late or step % config.checkpointing_steps == 0
         sample = config.sampling_steps and not stopped and (last or due(step, config.sampling_steps, first=100))
         keep_ema = config.ema_power and step % config.ema_snapshot_steps == 0
         if not (save or sample or keep_ema or due(step, config.log_every)):
@@ -208,6 +211,7 @@ def fit(run: Run) -> None:
             log_metrics(run, row, progress)
         if save and healthy:
             save_checkpoint(run, step)
+            saved = time.monotonic()
         if keep_ema and rank0:
             save_snapshots(config.run_dir, step, run.emas)
         if sample and rank0:

@@ -33,7 +33,9 @@ STATE = {  # the fields of state.json, which training/checkpoint.py writes
     ),
     # Not needed to sample: checkpoints that another program wrote may lack them.
     "config": Field(None),  # a record of its own: training/config.py
-    **dict.fromkeys("data_digest initial processes versions git_revision machine date".split(), Field(None)),
+    **dict.fromkeys(
+        "data_digest initial processes tracker_run versions git_revision machine date".split(), Field(None)
+    ),
 }
 SD_VAE_SCALE = 0.18215  # the scale that the SD-VAE's config records, and that SiT, REPA and SRA train with
 FOREIGN_VAES = {  # what each project's training encodes with

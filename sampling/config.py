@@ -32,6 +32,7 @@ class SampleConfig:
     output_dir: str | None = _file(
         None, "directory of the result, of several their parent; by default <run>/samples/ and a name of the settings"
     )
+    ema: str | None = _file(None, "which EMA of a run, by its decay, as 0.999 or power-0.05; the first unless set")
     vae: str | None = _file(None, "hub name, local directory or file of the checkpoint's VAE, if not where it says")
     npz: bool = _file(True, "write samples.npz", record=Field(True))
     png: bool = _file(False, "also write each image as images/000000.png")

@@ -166,7 +166,7 @@ def choose_directory(config: SampleConfig, one: SampleConfig, info: dict[str, An
     name = f"{model}-{one.sampler}{one.num_steps}-cfg{scale:g}"
     if scale != 1 and interval != (0.0, 1.0):
         name += "-t{:g}-{:g}".format(*interval)
-    name += f"-seed{one.seed}-n{one.num_samples}"
+    name += f"-seed{one.seed}-n{one.num_samples}" + (f"-ema-{one.ema}" if one.ema else "")
     if config.output_dir is None:
         return run_dir / "samples" / name
     several = len(config.checkpoint) * len(config.sets()) > 1

@@ -157,7 +157,7 @@ def test_a_changed_byte_is_found_and_nothing_is_loaded(tmp_path, name):
     "text, message",
     [
         ("{", "damaged checkpoint: .*state.json: "),
-        ("[]", "does not hold settings"),
+        ("[]", "has no checksum"),
         (json.dumps({"format": "vae-repa-checkpoint", "version": 1}), "has no checksum"),
         (to_checksummed_json({"format": "other", "version": 1}), "expected a checkpoint of format"),
     ],

@@ -108,7 +108,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once():
     request = StopRequest()
     try:
         os.kill(os.getpid(), signal.SIGINT)
-        assert request.agreed() == signal.SIGINT
+        assert request.agreed() == (signal.SIGINT, False)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
@@ -155,11 +155,33 @@ def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path):
     assert [row["step"] for row in read_log(tmp_path / "run")] == list(range(1, step + 4))
 
 
-def test_a_second_signal_ends_a_process_that_does_not_come_to_an_end():
+SHORT = "import os, signal, time; from training import preemption; preemption.SECOND = 0.2"
+HANGS = "import ctypes; lock = ctypes.CDLL(None).pthread_mutex_lock; it = bytes(64); lock(it); lock(it)"
+
+
+@pytest.mark.parametrize("waits", ["time.sleep(9)", HANGS], ids=["in Python", "in C"])
+def test_a_second_signal_ends_a_process_that_does_not_come_to_an_end(waits):
     code = (
-        "import os, signal, time; from training import preemption; preemption.SECOND = 0.2; preemption.StopRequest()\n"
-        "for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"  # the same one by two ways
-        "print('here', flush=True); time.sleep(0.5); os.kill(os.getpid(), signal.SIGTERM); print('never')"
+        f"{SHORT}; preemption.StopRequest(); import threading\n"
+        "def send():\n"
+        "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"  # the same one by two ways
+        "    time.sleep(0.5); print('here', flush=True); os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"threading.Thread(target=send).start(); {waits}; print('never')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "here\n")
+
+
+def test_a_signal_in_the_midst_of_a_line_to_stderr_is_no_error():
+    """The progress bar writes there, too; Python's buffers cannot be written by a handler meanwhile."""
+    code = (
+        f"{SHORT}; import io, sys\n"
+        "class Terminal(io.RawIOBase):\n"
+        "    def writable(self): return True\n"
+        "    def write(self, content): os.kill(os.getpid(), signal.SIGTERM); return len(content)\n"
+        "sys.stderr = io.TextIOWrapper(io.BufferedWriter(Terminal()))\n"
+        "request = preemption.StopRequest(); print('50%', file=sys.stderr, flush=True); print(request.received.name)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "here\n")
+    assert (done.returncode, done.stdout) == (0, "SIGTERM\n"), done.stderr
+    assert done.stderr == "SIGTERM: ending the step, then saving\n"

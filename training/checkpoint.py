@@ -14,6 +14,7 @@ import pickle
 import shutil
 import sys
 import threading
+import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,7 +47,12 @@ def make_records(
         processes: how many train now.
     """
     settings = {"config": dataclasses.asdict(config), "data_digest": store_digest(store.meta)}
-    settings |= {"initial": initial, "processes": processes, **provenance.stamp()}
+    before = {}
+    with contextlib.suppress(OSError, ValueError):
+        before = json.loads((config.run_dir / "config.json").read_text())
+    # The tracker's run is made with the run's directory, and resumed with it.
+    tracker_run = before.get("tracker_run") or uuid.uuid4().hex
+    settings |= {"initial": initial, "processes": processes, "tracker_run": tracker_run, **provenance.stamp()}
     groups: dict[str, list[str]] = {}
     for field in dataclasses.fields(config):
         groups.setdefault(field.metadata["group"], []).append(field.name)
@@ -126,8 +132,8 @@ class CheckpointWriter:
     A failure is reported, what there was stays whole, and training continues to the next checkpoint.
     """
 
-    def __init__(self, run_dir: str | Path, keep_last: int, keep_every: int, timeout: int = 600):
-        self.run_dir, self.keep_last, self.keep_every = Path(run_dir), keep_last, keep_every
+    def __init__(self, run_dir: str | Path, keep_last: int, keep_every: int, every: int = 1, timeout: int = 600):
+        self.run_dir, self.kept = Path(run_dir), (keep_last, keep_every, every)
         self.thread: threading.Thread | None = None
         self.error: ValueError | None = None
         # Of its own: the thread must not come between what the ranks exchange in the steps.
@@ -185,7 +191,7 @@ class CheckpointWriter:
             )
             print(f"warning: {self.error}; training continues", file=sys.stderr, flush=True)
             return
-        rotate_checkpoints(self.run_dir, self.keep_last, self.keep_every)
+        rotate_checkpoints(self.run_dir, *self.kept)
 
 
 def remove(directory: Path) -> None:
@@ -193,10 +199,14 @@ def remove(directory: Path) -> None:
     directory.unlink() if directory.is_symlink() else shutil.rmtree(directory, ignore_errors=True)
 
 
-def rotate_checkpoints(run_dir: str | Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but the `keep_last` newest checkpoints and those whose step `keep_every` divides (0: none of them)."""
-    for path in checkpoints(run_dir)[:-keep_last]:
-        if not (keep_every and int(path.name) % keep_every == 0):
+def rotate_checkpoints(run_dir: str | Path, keep_last: int, keep_every: int, every: int = 1) -> None:
+    """Delete all but the newest checkpoint, the `keep_last` newest of those whose step `every` divides (the others were
+    saved by the clock, or at a stop), and those whose step `keep_every` divides (0: none of them)."""
+    found = checkpoints(run_dir)
+    regular = [path for path in found if int(path.name) % every == 0]
+    kept = {found[-1], *(regular or found)[-keep_last:]}
+    for path in found:
+        if path not in kept and not (keep_every and int(path.name) % keep_every == 0):
             doomed = path.with_name(f".{path.name}.partial")  # so that a kill in between leaves no half checkpoint
             os.replace(path, doomed)
             remove(doomed)

@@ -42,6 +42,7 @@ class RunSettings:
     exp_name: str | None = _run(None, "name of this run; by default made of model and alignment", on_resume="free")
     resume: bool = _run(True, "resume from the newest checkpoint if the run's directory has one", on_resume="free")
     init_from: str | None = _run(None, "start from these weights: our checkpoint or run, a file of SiT, REPA, SRA")
+    init_classes: str | None = _run(None, 'JSON file {"our class": "their class"}: rows that --init-from gives')
     seed: int = _run(0, "seed of the initial weights and of every draw")
 
     model: str = _model("SiT-XL/2", "SiT-SIZE/PATCH: sizes Ti, S, B, L, XL; patches 1, 2, 4, 8")
@@ -62,7 +63,11 @@ _RANGES = (
         lambda value: value >= 0,
         "at least 0",
     ),
-    ("learning_rate max_grad_norm adam_epsilon spike_factor", lambda value: value > 0, "more than 0"),
+    (
+        "checkpoint_minutes learning_rate max_grad_norm adam_epsilon spike_factor",
+        lambda value: value > 0,
+        "more than 0",
+    ),
     ("seed", lambda value: -(2**63) <= value < 2**64, "an integer in [-2**63, 2**64)"),
     ("label_dropout", lambda value: 0 <= value <= 1, "a value in [0, 1]"),
     ("ema_decay", lambda values: all(0 <= value <= 1 for value in values), "values in [0, 1]"),
@@ -137,6 +142,9 @@ class TrainConfig(AlignmentSettings, RunSettings):
     compile: bool | None = _speed(None, "torch.compile each block; on a GPU unless set")
 
     checkpointing_steps: int = _checkpoints(50_000, "save every this many steps, and at the end")
+    checkpoint_minutes: float = _checkpoints(
+        30.0, "also save after so many minutes; it replaces the one before (inf: never)"
+    )
     keep_last: int = _checkpoints(2, "newest checkpoints that are kept")
     keep_every: int = _checkpoints(100_000, "also keep those whose step this divides (0: none)")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
+import threading
 import time
 from types import FrameType
 
@@ -29,40 +29,55 @@ class StopRequest:
         self.received: signal.Signals | None = None
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.pending: tuple[dist.Work, torch.Tensor] | None = None
+        # No handler runs while the main thread waits in C++, for a rank that hangs, say: a thread is told, too.
+        reading, self.wakeup = os.pipe()
+        os.set_blocking(self.wakeup, False)
+        signal.set_wakeup_fd(self.wakeup)
+        threading.Thread(target=_end_at_second, args=(reading,), daemon=True).start()
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.received and time.monotonic() - self.received_at > SECOND:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        if self.received is None:
-            self.received_at = time.monotonic()
         self.received = signal.Signals(number)
-        print(f"{self.received.name}: ending the step, then saving", file=sys.stderr, flush=True)
+        os.write(2, f"{self.received.name}: ending the step, then saving\n".encode())  # print may be at work already
 
-    def agreed(self) -> signal.Signals | None:
-        """The signal that all ranks now know of. To be called once in each step by each of them."""
+    def agreed(self, due: bool = False) -> tuple[signal.Signals | None, bool]:
+        """The signal that all ranks now know of, and whether one has called something due. To be called once in each
+        step by each of them."""
         if self.group is None:
-            return self.received
-        told = None
+            return self.received, due
+        number, was_due = 0, False
         if self.pending is not None:
-            work, number = self.pending
+            work, told = self.pending
             work.wait()
-            told = signal.Signals(int(number)) if number else None
-        number = torch.tensor(int(self.received or 0))
-        self.pending = dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group, async_op=True), number
-        return told
+            number, was_due = told.tolist()
+        told = torch.tensor([int(self.received or 0), int(due)])
+        self.pending = dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group, async_op=True), told
+        return signal.Signals(number) if number else None, bool(was_due)
 
     def close(self) -> None:
         """Leave the signals as they were, and no exchange open."""
         if self.pending is not None:
             self.pending[0].wait()
+        signal.set_wakeup_fd(-1)
+        os.write(self.wakeup, bytes(1))
+        os.close(self.wakeup)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
+
+
+def _end_at_second(reading: int) -> None:
+    """End the process at a signal that comes `SECOND` after the first one or later, as they are read from a pipe."""
+    first = None
+    while number := os.read(reading, 1)[0]:
+        if number in SIGNALS:
+            first = first or time.monotonic()
+            if time.monotonic() - first > SECOND:
+                os._exit(128 + number)
+    os.close(reading)
 
 
 def ignore_signals(worker: int) -> None:

@@ -34,6 +34,7 @@ from runtime.seeding import block_generator, step_generator
 from training.checkpoint import CheckpointWriter, load_checkpoint, make_records
 from training.config import TrainConfig, settings_by
 from training.ema import EMAUpdater, decays
+from training.finetune import initial_weights, load_init_weights
 from training.nonfinite import StepGuard
 from training.optimizer import fix_loaded_state, make_optimizer
 from training.preemption import ignore_signals
@@ -139,11 +140,10 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
         guard.load_state_dict(load_checkpoint(checkpoint, model, emas, optimizer, accelerator.scaler, verify=False))
         fix_loaded_state(optimizer)
         accelerator.print(f"resuming from {checkpoint}")
-    model = accelerator.prepare(model)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it is where the model is
 
     # Records: lock, config.json, log, trackers.
-    initial = initial_weights(source, state, config, accelerator)
+    initial = initial_weights(source, state, config, accelerator, sit.config.latent_size)
     record, state = make_records(config, store, initial, accelerator.num_processes)
     return Run(
         config,
@@ -151,7 +151,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
         store,
         sampler,
         loader,
-        model,
+        accelerator.prepare(model),
         sit,
         emas,
         EMAUpdater(emas.values(), sit, decays(config).values()),
@@ -161,7 +161,9 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
         methods,
         vae,
         state,
-        CheckpointWriter(config.run_dir, config.keep_last, config.keep_every, config.timeout),
+        CheckpointWriter(
+            config.run_dir, config.keep_last, config.keep_every, config.checkpointing_steps, config.timeout
+        ),
         *start_records(config, record, sampler.start_step, accelerator),
     )
 
@@ -308,36 +310,8 @@ def build_sit(config: TrainConfig, store: LatentDataset, source: tuple[SiT, dict
     torch.manual_seed(config.seed)
     sit = SiT(SiTConfig.from_name(config.model, height, channels, config.num_classes))
     if source is not None:
-        load_init_weights(config, sit, *source, store.scale)
+        load_init_weights(config, sit, *source, store.scale, store.class_names)
     return sit
-
-
-def load_init_weights(config: TrainConfig, sit: SiT, source: SiT, info: dict, scale: LatentScale) -> None:
-    """Put the weights of `--init-from` into a new SiT. Its label table stays new where the classes are others.
-
-    Raises:
-        ValueError: another architecture or path.
-    """
-    found, expected = source.config.to_dict(), sit.config.to_dict()
-    wrong = [
-        f"{name} {found[name]} (this run: {value})"
-        for name, value in expected.items()
-        if found[name] != value and name != "num_classes"
-    ]
-    if info["path_type"] != config.path_type:
-        wrong.append(f"path {info['path_type']} (this run: {config.path_type})")
-    if wrong:
-        raise ValueError(f"--init-from {config.init_from}: expected a model as this run's, found {', '.join(wrong)}")
-    weights = source.state_dict()
-    if found["num_classes"] != expected["num_classes"]:
-        del weights["y_embedder.embedding_table.weight"]
-    sit.load_state_dict(weights, strict=False)
-    if info["scale"] not in (None, scale):
-        warnings.warn(
-            f"--init-from {config.init_from} was trained on latents scaled by {info['scale']}, {config.data_dir} has "
-            f"{scale}",
-            stacklevel=2,
-        )
 
 
 def make_heads(config: TrainConfig, methods: dict[str, AlignmentTerms]) -> dict[str, tuple[int, torch.nn.Module]]:
@@ -348,19 +322,6 @@ def make_heads(config: TrainConfig, methods: dict[str, AlignmentTerms]) -> dict[
             torch.manual_seed(step_generator(config.seed, 0, f"head {term}").initial_seed())
             heads[term] = (depth, terms.make_head())
     return heads
-
-
-def initial_weights(
-    source: tuple[SiT, dict] | None, state: dict[str, Any] | None, config: TrainConfig, accelerator: Accelerator
-) -> dict[str, Any] | None:
-    """Where the run's first weights came from, for the records; None if they were random."""
-    if source is None:
-        return state["initial"] if state else None
-    initial = {name: source[1][name] for name in ("source", "read_as", "digest")}
-    classes = source[0].config.num_classes
-    table = "" if classes == config.num_classes else f"; a new table of classes, {config.num_classes} for {classes}"
-    accelerator.print(f"starting from {initial['source']} ({initial['read_as']}{table})")
-    return initial
 
 
 def start_records(
@@ -377,7 +338,11 @@ def start_records(
         accelerator.init_trackers(
             config.tracker_project,
             {name: str(value) for name, value in record["config"].items()},
-            {"wandb": {"name": config.run_dir.name, "dir": str(config.run_dir)}},
+            {
+                "wandb": {"name": config.run_dir.name, "dir": str(config.run_dir), "id": record["tracker_run"]}
+                | {"resume": "allow"},
+                "tensorboard": {"purge_step": start + 1},  # steps that are done again are shown once
+            },
         )
     except Exception as error:  # each tracker has its own
         reason = " ".join(str(error).split())[:200]
