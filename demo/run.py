@@ -54,7 +54,7 @@ from matplotlib.figure import Figure
 from scipy.spatial.distance import cdist
 from sklearn.svm import SVC
 
-from dataset import LatentDataset
+from dataset import LatentDataset, read_paths
 from demo.digits import enlarge, fit_classifier, held_out, load_digits, reduce
 from models.vae import decode_images, load_vae
 from reporting.log import read_log
@@ -141,7 +141,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def reconstruct_held_out(store_path: Path) -> tuple[np.ndarray, np.ndarray]:  # () -> (N, R, R, 3), (N,)
     """The VAE's images (uint8) of the latents' means, for the digits that nothing but the SiT was fitted to; labels."""
     store = LatentDataset(store_path)
-    positions = np.array([int(Path(line).stem) for line in (store_path / "paths.txt").read_text().splitlines()])
+    positions = np.array([int(Path(line).stem) for line in read_paths(store_path)])
     batch = store.__getitems__(np.flatnonzero(held_out(positions)))
     mean, _ = batch["moments"].chunk(2, dim=1)  # (N, C, H, W)
     with torch.no_grad():

@@ -39,12 +39,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
-from tqdm import tqdm
 
 from demo.digits import held_out
 from runtime import provenance
 from runtime.files import to_json, write_atomically
+from runtime.images import open_image
+from runtime.progress import Progress
 
 
 def read_digits(source: Path) -> tuple[np.ndarray, np.ndarray]:  # () -> (N, R, R, 3), (N,)
@@ -57,7 +57,7 @@ def read_digits(source: Path) -> tuple[np.ndarray, np.ndarray]:  # () -> (N, R, 
     if not paths:
         fix = f"python -m demo.make_digits --output-dir {source}"
         raise ValueError(f"expected class folders of digits in {source}, found none; fix: {fix}")
-    return np.stack([np.asarray(Image.open(path)) for path in paths]), np.array([int(path.stem) for path in paths])
+    return np.stack([np.asarray(open_image(path)) for path in paths]), np.array([int(path.stem) for path in paths])
 
 
 def build_vae(config: VaeConfig) -> AutoencoderKL:
@@ -80,7 +80,7 @@ def train(vae: AutoencoderKL, pixels: torch.Tensor, config: VaeConfig) -> None: 
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
-    progress = tqdm(total=steps, desc="VAE", unit="step")
+    progress = Progress(total=steps, desc="VAE", unit="step")
     for _ in range(config.epochs):
         order = torch.randperm(len(pixels), generator=generator)
         whole = len(order) // config.batch_size * config.batch_size  # the rest is left out; the next order is another

@@ -50,7 +50,7 @@ class EvaluateConfig:
     )
     resolution: int | None = measured(
         None,
-        "side to which image files of several sizes are cropped and scaled; of a reference the samples' unless set",
+        "side to which image files are cropped and scaled; unless set, a reference of several sizes to the samples'",
     )
     k: int = measured(3, "for precision and recall: neighbour whose distance is the radius")
     split_size: int = measured(5000, "images of a split of the inception score")
@@ -96,10 +96,12 @@ def main(argv: list[str] | None = None) -> None:
     saving = bool(config.save_stats)
     cli.check(config, "features", not saving or len(features) == 1, "one of them with --save-stats")
     names = choose_metrics(config.metrics.split(",") if config.metrics else (), features, bool(config.ref), saving)
-    source = open_images(config.samples, config.resolution)
-    side = config.resolution or (source.size[0] if source.size else None)
+    cli.check(config, "resolution", config.resolution is None or config.resolution >= 1, "at least 1")
+    cropped = bool(config.resolution)
+    source = open_images(config.samples, config.resolution, cropped)
+    side = config.resolution or (source.size[0] if source.size and source.size[0] == source.size[1] else None)
     if config.ref:
-        open_images(config.ref, side)
+        open_images(config.ref, side, cropped)
     if source.kind != "statistics" and "arr_0" in source.members and source.count <= config.k:
         raise ValueError(f"expected at least k + 1 = {config.k + 1} samples, found {source.count} in {config.samples}")
     directory = source.path if source.path.is_dir() else source.path.parent
@@ -115,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     weights = {name: getattr(config, name) for name in ("inception_weights", "dinov2_weights", "vae")}
     networks = [load_network(name, **weights, device=device) for name in features]
     begin = time.perf_counter()
-    evaluation = Evaluation(networks, config.ref, settings, saving=saving, side=side)
+    evaluation = Evaluation(networks, config.ref, settings, saving=saving, side=side, crop=cropped)
     stored = evaluation.measure(evaluation.samples, source, "samples")
     values = evaluation.finish()
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluations import metrics
 from evaluations.feature_stats import FeatureStatistics
 from evaluations.images import DirectoryImages, NpzImages, StoredStatistics, StoreImages, open_images, prefetched
+from runtime.progress import Progress
 
 Source = NpzImages | DirectoryImages | StoreImages | StoredStatistics
 
@@ -99,7 +99,7 @@ class Evaluation:
         reference: path, or `None` for metrics that need none. It is measured at once, before any slow sampling.
         settings: see there.
         progress: show bars (on rank 0).
-        side: of the samples; a reference's images of several sizes are brought to it.
+        side: of the samples; a reference's images of several sizes are brought to it, with `crop` those of one, too.
         saving: keep what any metric of the networks needs of the samples, to be written by `FeatureStatistics.arrays`.
 
     Raises:
@@ -114,6 +114,7 @@ class Evaluation:
         progress: bool = True,
         saving: bool = False,
         side: int | None = None,
+        crop: bool = False,
     ):
         self.settings, self.progress = settings, progress
         self.networks = {network.name: network for network in networks}
@@ -121,7 +122,7 @@ class Evaluation:
         self.kinds = {METRICS[network][name][0] for network in self.networks for name in self._of(network)}
         self.samples = self._empty(every=saving)
         # Measure the reference.
-        self.source = open_images(reference, side) if reference else None
+        self.source = open_images(reference, side, crop) if reference else None
         count = self.source.count if self.source else 0
         if 0 < count <= settings.k and self.kinds & {"precision", "recall"}:
             raise ValueError(
@@ -174,7 +175,7 @@ class Evaluation:
         # Measure this rank's images.
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         start, stop = (source.count * part // world_size for part in (rank, rank + 1))
-        with tqdm(total=stop - start, desc=title, unit="image", disable=rank > 0 or not self.progress) as bar:
+        with Progress(total=stop - start, desc=title, unit="image", disable=rank > 0 or not self.progress) as bar:
             for index, batch in enumerate(prefetched(source.batches(start, stop, self.settings.batch_size))):
                 first = start + index * self.settings.batch_size
                 for statistics in rest:
@@ -219,6 +220,7 @@ class Evaluation:
         reference = self.source and describe_source(self.source, self.reference_stored)
         neighbors = self.source.count if self.source and self.kinds & {"precision", "recall"} else None
         warnings = warnings_about(samples["count"], labels, neighbors, "score" in self.kinds)
+        warnings += [note for described in (samples, reference or {}) for note in described.pop("notes", ())]
         sizes = samples.get("size"), reference and reference["size"]
         if None not in sizes and sizes[0] != sizes[1]:
             (height, width), (reference_height, reference_width) = sizes
@@ -234,7 +236,7 @@ class Evaluation:
 
 
 def describe_source(source: Source, stored: list[str]) -> dict[str, Any]:
-    """Path, kind, count, size, digest, and which arrays were taken as they stand in the file."""
+    """Path, kind, count, size, digest, which arrays were taken as they stand in the file, and what else to say."""
     return {
         "path": str(source.path),
         "kind": source.kind,
@@ -242,6 +244,7 @@ def describe_source(source: Source, stored: list[str]) -> dict[str, Any]:
         "size": source.size and list(source.size),
         "sha256": source.digest(),
         "stored": stored,
+        "notes": getattr(source, "notes", []),
     }
 
 

@@ -20,7 +20,16 @@ import numpy as np
 
 from dataset import LatentDataset
 from runtime.files import Field, read_record, sha256
-from runtime.images import EXTENSIONS, center_crop, decode_image, image_names, open_image
+from runtime.images import (
+    EXTENSIONS,
+    center_crop,
+    decode_image,
+    describe_left_out,
+    file_names,
+    is_image,
+    left_out,
+    open_image,
+)
 
 DECODING_THREADS = 8
 BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
@@ -32,15 +41,17 @@ STATISTICS = {"features": Field(), "digest": Field(), "count": Field()}
 STATISTICS |= dict.fromkeys("mu sigma mu_s sigma_s pool spatial logits".split(), Field(None))
 
 
-def open_images(path: str, side: int | None = None) -> NpzImages | DirectoryImages | StoreImages | StoredStatistics:
-    """Open what lies at `path`, by its look; image files of several sizes are brought to `side`.
+def open_images(
+    path: str, side: int | None = None, always: bool = False
+) -> NpzImages | DirectoryImages | StoreImages | StoredStatistics:
+    """Open what lies at `path`, by its look; `side` and `always` are for directories: see there.
 
     Raises:
         ValueError: nothing there, or nothing that can be read as images or statistics.
     """
     place = Path(path)
     if place.is_dir():
-        return StoreImages(place) if (place / "meta.json").exists() else DirectoryImages(place, side)
+        return StoreImages(place) if (place / "meta.json").exists() else DirectoryImages(place, side, always)
     if not place.exists():
         raise ValueError(f"expected an npz file or a directory at {path}, found nothing")
     try:
@@ -59,7 +70,7 @@ class NpzImages:
     """
 
     kind = "npz"
-    _range_is_checked = False
+    _scale_is_checked = False
 
     def __init__(self, path: Path, members: list[str]):
         self.path, self.members = path, members
@@ -109,15 +120,15 @@ class NpzImages:
         What comes before is read and dropped, so that whoever reads to the end has checked the zip file's checksum.
         """
         try:
-            if self.dtype != np.uint8 and not self._range_is_checked:
-                self._check_range()
+            if self.dtype != np.uint8 and not self._scale_is_checked:
+                self._check_scale()
             with self._open("arr_0") as stream:
                 self._header(stream)
                 for first in range(0, start, batch_size):
                     self._read(stream, first, min(batch_size, start - first))
                 for first in range(start, stop, batch_size):
                     batch = self._read(stream, first, min(batch_size, stop - first))
-                    yield batch if batch.dtype == np.uint8 else batch.astype(np.float32)
+                    yield batch if batch.dtype == np.uint8 else self._in_range(batch.astype(np.float32), first)
         except BROKEN_ZIP as error:
             raise ValueError(f"expected a whole npz file at {self.path}, found {error}") from error
 
@@ -131,26 +142,28 @@ class NpzImages:
             raise EOFError("more bytes than arr_0's header says")
         return np.frombuffer(content, self.dtype).reshape(count, *self.shape[1:])
 
-    def _check_range(self) -> None:
-        """Refuse floats of another range: judged by the whole file, since a batch may be all black."""
-        lows, highs = [], []
+    def _check_scale(self) -> None:
+        """Refuse floats in 0..1: judged by the whole file, since a batch may be all black."""
+        low = 0.0
         with self._open("arr_0") as stream:
             self._header(stream)
             for first in range(0, self.count, 64):
                 batch = self._read(stream, first, min(64, self.count - first)).astype(np.float32)
-                if not np.isfinite(batch).all():
-                    raise ValueError(
-                        f"expected finite images, found NaN or infinity in images {first}.. of {self.path}"
-                    )
-                lows.append(batch.min())
-                highs.append(batch.max())
-        low, high = min(lows), max(highs)
-        if high <= 1.0:
-            scale = "-1..1" if low < 0 else "0..1"
-            raise ValueError(f"expected images in 0..255, found floats in {scale} in {self.path}; fix: make them uint8")
+                if not batch.max() <= 1.0:  # 0..255, mostly told from the first images; or NaN
+                    self._scale_is_checked = True
+                    return
+                low = min(low, batch.min())
+        scale = "-1..1" if low < 0 else "0..1"
+        raise ValueError(f"expected images in 0..255, found floats in {scale} in {self.path}; fix: make them uint8")
+
+    def _in_range(self, batch: np.ndarray, first: int) -> np.ndarray:  # (B, H, W, 3) -> the same
+        low, high = batch.min(), batch.max()
+        where = f"in images {first}..{first + len(batch) - 1} of {self.path}"
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise ValueError(f"expected finite images, found NaN or infinity {where}")
         if low < 0 or high > 255:
-            raise ValueError(f"expected images in 0..255, found {low:g}..{high:g} in {self.path}")
-        self._range_is_checked = True
+            raise ValueError(f"expected images in 0..255, found {low:g}..{high:g} {where}")
+        return batch
 
 
 class DirectoryImages:
@@ -158,13 +171,18 @@ class DirectoryImages:
 
     Args:
         side: images of several sizes are brought to this one by the crop of a store; without it they are refused.
+        always: images of one size are, too.
+
+    Attributes:
+        notes: what was done to images, and what was left out.
     """
 
     kind, members = "folder", ("arr_0",)
 
-    def __init__(self, path: Path, side: int | None = None):
-        self.path = path
-        self.files = [path / name for name in image_names(path)]
+    def __init__(self, path: Path, side: int | None = None, always: bool = False):
+        names = file_names(path)
+        self.path, self.notes = path, []
+        self.files = [path / name for name in names if is_image(name)]
         if not self.files:
             raise ValueError(f"expected images ({' '.join(sorted(EXTENSIONS))}) in {path}, found none")
         self.count = len(self.files)
@@ -172,15 +190,18 @@ class DirectoryImages:
             sizes = dict(zip(self.files, pool.map(self._size, self.files), strict=True))
         self.size = sizes[self.files[0]]
         other = next((file for file, size in sizes.items() if size != self.size), None)
-        self.side = side if other else None
-        if other and side:
-            print(f"{path}: images of several sizes, cropped and scaled to {side} x {side}", flush=True)
+        self.side = side if other or (always and self.size != (side, side)) else None
+        if self.side:
+            several = "several sizes" if other else f"{self.size[1]} x {self.size[0]}"
+            self.notes.append(f"{path}: images of {several}, cropped and scaled to {side} x {side}")
             self.size = (side, side)
         elif other:
             raise ValueError(
                 f"expected images of one size, found {self.size[1]} x {self.size[0]} in {self.files[0]} and "
                 f"{sizes[other][1]} x {sizes[other][0]} in {other}; give --resolution to crop and scale them"
             )
+        if others := left_out(names):
+            self.notes.append(f"{path}: no images, left out: {describe_left_out(others)}")
         parents = [str(file.parent) for file in self.files]
         self.labels = np.unique(parents, return_inverse=True)[1] if len(set(parents)) > 1 else None
 

@@ -62,7 +62,6 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from dataset import LatentDataset
 from models.tensor_file import read_tensor_file
@@ -70,7 +69,8 @@ from models.vae import UNKNOWN_VAE, LatentScale, load_vae, vae_digest
 from preprocessing.store_writer import LatentStoreWriter, check_directory, recorded_settings, resumed_config, shard_size
 from runtime.distributed import hold_directory
 from runtime.files import Field
-from runtime.images import decode_image, image_names
+from runtime.images import decode_image, file_names, image_names
+from runtime.progress import Progress
 
 BATCH = 256  # images written at once
 READERS = 16  # threads: they wait for the disk, and Pillow decodes without Python's lock
@@ -136,7 +136,7 @@ def open_repa(features: Path, images: Path | None) -> Dump:
     except (KeyError, TypeError, ValueError) as error:
         form = '{"labels": [[file, class], ...]}'
         raise ValueError(f"expected {form} in {features / 'dataset.json'}, found another form") from error
-    files = sorted(path.relative_to(features).as_posix() for path in features.rglob("*.npy"))
+    files = sorted(name for name in file_names(features) if name.endswith(".npy"))
     if set(files) != set(labels):
         alone = sorted(set(files) ^ set(labels))[0]
         kind = "a file without a label" if alone not in labels else "a label without its file"
@@ -352,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
         # What is left of its shards, and what they have in common.
         size = shard_size(count)
         starts = range(0, count, size)
-        with tqdm(total=count, desc="packing", unit="image", dynamic_ncols=True) as progress:
+        with Progress(total=count, desc="packing", unit="image") as progress:
             for index, begin in enumerate(starts):
                 pack_shard(writer, index, begin, min(begin + size, count), dump, progress)
         crop = "adm-center" if dump.format == "repa" else "unknown"
@@ -375,7 +375,7 @@ def read_rows(dump: Dump, begin: int, end: int, dtype: str) -> dict[str, np.ndar
     return arrays
 
 
-def pack_shard(writer: LatentStoreWriter, index: int, begin: int, end: int, dump: Dump, progress: tqdm) -> None:
+def pack_shard(writer: LatentStoreWriter, index: int, begin: int, end: int, dump: Dump, progress: Progress) -> None:
     """Write what is left of one shard, rows [begin, end) of the source."""
     shard = writer.shard(index)
     progress.update(end - begin if shard.closed else shard.items)

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import zipfile
 import zlib
-from collections import Counter
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from runtime.images import EXTENSIONS, file_names, is_hidden, is_image, left_out
+from preprocessing.store_writer import count_classes, first_of
+from runtime.images import EXTENSIONS, describe_left_out, file_names, is_hidden, is_image, left_out
 
 MAX_FILE_BYTES = 2**30  # of a packed file: more would fill the memory before anything could be said of it
 
@@ -35,7 +36,8 @@ def open_source(location: str | Path) -> Source:
     """
     path = Path(location)
     if not path.exists() and any(character in str(location) for character in "*?["):
-        files = sorted(glob.glob(str(location), recursive=True))
+        there = next(parent for parent in path.parents if parent.exists())  # no pattern, whatever its name
+        files = sorted(glob.glob(str(Path(glob.escape(str(there)), path.relative_to(there))), recursive=True))
         if not files:
             raise ValueError(f"--source: no file matches {location}")
         return ParquetSource([Path(file) for file in files])
@@ -44,18 +46,17 @@ def open_source(location: str | Path) -> Source:
     if path.is_file():
         return ParquetSource([path]) if path.suffix == ".parquet" else ZipSource(path)
     names = file_names(path)
-    if any(map(is_image, names)):
-        return FolderSource(path, names)
-    shards = [path / name for name in names if name.endswith(".parquet")]
-    return ParquetSource(shards) if shards else FolderSource(path, names)
+    shards, image = [path / name for name in names if name.endswith(".parquet")], next(filter(is_image, names), None)
+    if image and (packed := next(filter(_holds_images, shards), None)):
+        fix = f"give '{packed.parent}/*.parquet', or the directory around the classes"
+        raise ValueError(
+            f"--source: expected images or parquet files of them, found {packed} and {path / image}; {fix}"
+        )
+    return FolderSource(path, names) if image or not shards else ParquetSource(shards)
 
 
-def _by_class(names: list[str], location: Path, around: str = "") -> tuple[list[int], list[str]]:
-    """Labels of sorted names, and the classes: the first directory of each name, in sorted order.
-
-    Args:
-        around: directories of a zip around all classes.
-    """
+def _by_class(names: list[str], location: Path) -> tuple[list[int], list[str]]:
+    """Labels of sorted names, and the classes: the first directory of each name, in sorted order."""
     if not names:
         raise ValueError(f"--source: expected images ({' '.join(sorted(EXTENSIONS))}), found none in {location}")
     loose = [name for name in names if "/" not in name]
@@ -63,24 +64,21 @@ def _by_class(names: list[str], location: Path, around: str = "") -> tuple[list[
         fix = "put each class into a directory of its own (one directory will do for images without classes)"
         raise ValueError(f"--source: expected class directories in {location}, found none around {loose[0]}; {fix}")
     class_names = sorted({name.split("/", 1)[0] for name in names})
-    if all(name.count("/") > 1 for name in names):
-        found = f"{', '.join(class_names[:4])}, which hold directories alone"
-        fix = f"give {location / around / class_names[0]}" if not around else "pack the class directories themselves"
-        raise ValueError(f"--source: expected class directories with images in {location}, found {found}; {fix}")
+    if above := sorted({*class_names} - {name.split("/", 1)[0] for name in names if name.count("/") == 1}):
+        found = f"directories alone in {', '.join(above[:4])}"
+        fix = f"give {location / above[0]}" if location.is_dir() else "pack the class directories themselves"
+        fix += ", or move the images of each class up into its own directory"
+        raise ValueError(f"--source: expected images in each class directory of {location}, found {found}; {fix}")
     ids = {class_name: label for label, class_name in enumerate(class_names)}
     return [ids[name.split("/", 1)[0]] for name in names], class_names
 
 
 def describe(source: Source) -> str:
     """Images by class, and what of the source is left out, in a line."""
-    counts = Counter(source.labels)
-    classes = [f"{name} {counts[label]:,}" for label, name in enumerate(source.class_names)]
-    more = f", ... ({len(classes):,} classes in all)" if len(classes) > 12 else ""
-    text = f"{len(source.names):,} images: {', '.join(classes[:12])}{more}"
+    text = f"{len(source.names):,} images: {count_classes(source.labels, source.class_names)}"
     if source.empty:
-        text += f"; without images, and not counted as classes: {', '.join(source.empty[:12])}"
-    others = ", ".join(f"{count:,} {kind}" for kind, count in sorted(source.left_out.items()))
-    return text + (f"; no images, left out: {others}" if others else "")
+        text += f"; without images, and not counted as classes: {first_of(source.empty)}"
+    return text + (f"; no images, left out: {describe_left_out(source.left_out)}" if source.left_out else "")
 
 
 class FolderSource:
@@ -92,7 +90,7 @@ class FolderSource:
 
     def __init__(self, folder: Path, files: list[str]):
         self.folder, self.left_out = folder, left_out(files)
-        self.names = [name for name in files if is_image(name.rpartition("/")[2])]
+        self.names = [name for name in files if is_image(name)]
         self.labels, self.class_names = _by_class(self.names, folder)
         inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
         self.empty = [name for name in inside if name not in self.class_names]
@@ -108,28 +106,29 @@ class ZipSource:
         self.path = path
         try:
             with zipfile.ZipFile(path) as archive:
-                entries = [PurePosixPath(entry.filename) for entry in archive.infolist() if not entry.is_dir()]
+                entries = {PurePosixPath(entry.filename.lstrip("/")): entry for entry in archive.infolist()}
         except (zipfile.BadZipFile, OSError) as error:
             expected = "expected a folder, a zip or parquet files"
             raise ValueError(f"--source: {expected}; {path} is no zip ({error})") from error
-        entries = [entry for entry in entries if not any(map(is_hidden, entry.parts))]
-        members, self.left_out = [m for m in entries if is_image(m.name)], left_out(map(str, entries))
+        entries = {place: entry for place, entry in entries.items() if not any(map(is_hidden, place.parts))}
+        files = [place for place, entry in entries.items() if not entry.is_dir()]
+        members, self.left_out = [m for m in files if is_image(m.name)], left_out(map(str, files))
         depth = 0  # folders around all classes
         while all(len(m.parts) > depth + 2 for m in members) and len({m.parts[depth] for m in members}) == 1:
             depth += 1
-        self.prefix = "/".join(members[0].parts[:depth]) + "/" if depth else ""
-        names = [str(member).removeprefix(self.prefix) for member in members]
-        self.names = sorted(names, key=lambda name: name.split("/"))
-        self.labels, self.class_names = _by_class(self.names, path, self.prefix)
-        self.empty = sorted(
-            {entry.parts[depth] for entry in entries if len(entry.parts) > depth + 1} - {*self.class_names}
-        )
+        members.sort(key=lambda place: place.parts)
+        self.names = ["/".join(place.parts[depth:]) for place in members]
+        self._entries = [entries[place].filename for place in members]  # "./a//0.png" is a/0.png
+        self.labels, self.class_names = _by_class(self.names, path)
+        inside = [place for place in entries if place.parts[:depth] == members[0].parts[:depth]]
+        deep = [place for place in inside if len(place.parts) > depth + (not entries[place].is_dir())]
+        self.empty = sorted({place.parts[depth] for place in deep} - {*self.class_names})
         self._archive: zipfile.ZipFile | None = None
 
     def read(self, index: int) -> bytes:
         if self._archive is None:
             self._archive = zipfile.ZipFile(self.path)
-        member = self._archive.getinfo(self.prefix + self.names[index])
+        member = self._archive.getinfo(self._entries[index])
         if member.file_size > MAX_FILE_BYTES:
             raise OSError(f"{member.file_size:,} bytes when unpacked, no image has more than {MAX_FILE_BYTES:,}")
         try:
@@ -173,7 +172,7 @@ class ParquetSource:
         place = int(np.searchsorted(self._starts, index, side="right")) - 1
         if self._cached[0] != place:  # neighbours are asked for in turn: a group is read once
             number, group = self._groups[place]
-            table = parquet.ParquetFile(self.files[number]).read_row_group(group, columns=["image"])
+            table = _parquet_file(self.files[number]).read_row_group(group, columns=["image"])
             self._cached = (place, table.column("image").combine_chunks())
         content = self._cached[1][index - int(self._starts[place])].as_py()
         if not content or content["bytes"] is None:
@@ -195,10 +194,21 @@ def _check_one_split(files: list[Path]) -> None:
         raise ValueError(f"--source: expected parquet files of one split, found {found}")
 
 
+def _parquet_file(path: Path) -> parquet.ParquetFile:
+    return parquet.ParquetFile(pyarrow.OSFile(os.fsencode(path)))  # as bytes: a name need not be UTF-8
+
+
+def _holds_images(path: Path) -> bool:
+    try:
+        return "image" in _parquet_file(path).schema_arrow.names
+    except (pyarrow.ArrowException, OSError):
+        return False
+
+
 def _open_parquet(path: Path) -> tuple[parquet.ParquetFile, list]:
     """A file with the columns of a source, and its labels."""
     try:
-        file = parquet.ParquetFile(path)
+        file = _parquet_file(path)
         image = file.schema_arrow.field("image").type
         if not (pyarrow.types.is_struct(image) and image.get_field_index("bytes") >= 0):
             raise KeyError("image.bytes")

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,6 +75,18 @@ def check_directory(directory: Path) -> None:
         raise ValueError(f"expected a new directory or a store of this command, found other files in {directory}")
 
 
+def first_of(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f", ... ({len(names):,} in all)" if len(names) > 12 else "")
+
+
+def count_classes(labels: Iterable[int], class_names: Sequence[str]) -> str:
+    """Images by class, and the classes that have none, in a line."""
+    counts = Counter(labels)
+    text = first_of([f"{name} {counts[label]:,}" for label, name in enumerate(class_names) if counts[label]])
+    without = [name for label, name in enumerate(class_names) if not counts[label]]
+    return text + (f"; none of {first_of(without)}" if without else "")
+
+
 class LatentStoreWriter:
     """Writes a store, shard by shard and batch by batch; a killed writer resumes behind its last whole batch.
 
@@ -124,19 +136,23 @@ class LatentStoreWriter:
         Args:
             about: of `meta.json`: vae, vae_digest, scale_source, resolution, crop, class_names.
         """
-        batches = [batch for record in self._records(num_shards) for batch in record["statistics"] if batch]
+        records = self._records(num_shards)
+        batches = [batch for record in records for batch in record["statistics"] if batch]
         sums = np.array([math.fsum(values) for values in zip(*batches, strict=True)])
         if scale is None:
             scale, about = measured_scale(sums), about | {"scale_source": "measured"}
         meta = {name: about[name] for name in ("vae", "vae_digest")} | scale.to_dict() | about
         meta = self.finish(num_shards, meta | {"settings": self.settings, "versions": provenance.versions()})
         std = scaled_std(sums, scale)
+        labels = (label for record in records for label in record["labels"])
+        print(f"{self.directory}: {count_classes(labels, meta['class_names'])}")
         print(
             f"{self.directory}: {meta['count']:,} images of {meta['num_classes']} classes, {len(meta['skipped'])} "
             f"skipped; latents {tuple(meta['latent_shape'])}, scaled to a std of {std:.4f}"
         )
+        done = {"alpha": self.settings.get("alpha") == "white", "rotated": self.settings.get("exif_orientation")}
         for what, words in NOTICED.items():
-            if meta["noticed"].get(what):
+            if meta["noticed"].get(what) and not done[what]:
                 print(f"warning: {meta['noticed'][what]:,} images {words}", file=sys.stderr)
         if not 0.5 < std < 2:
             print("warning: expected a std near 1; make the store again with --scale auto", file=sys.stderr)

@@ -31,7 +31,7 @@ def encode_pictures(paths: Sequence[Path], characters: int) -> list[Picture | No
 def encode_picture(path: Path, characters: int) -> Picture | None:
     """As PNG if it is small, else as JPEG: of the largest side and quality that fit."""
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=("PNG", "JPEG")) as file:  # no other reader sees it
             small = max(file.size) <= 256
             image = file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for damaged files

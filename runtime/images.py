@@ -5,6 +5,7 @@ One answer to each for stores, references, samples and pictures to be shown.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
@@ -23,7 +24,6 @@ FORMATS = "AVIF BMP GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split()
 _NAMES = "jpg jpeg jpe jfif mpo png apng webp bmp dib tif tiff gif ppm pgm pbm pnm jp2 j2k jpx tga avif"
 EXTENSIONS = {f".{name}" for name in _NAMES.split()}
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS * 2  # 179 million: Pillow opens none that have more
-ALPHA = ("drop", "white")
 
 # What Pillow's readers raise for damaged files, beside OSError.
 DAMAGE = (ValueError, SyntaxError, EOFError, IndexError, TypeError, OverflowError, struct.error, zlib.error)
@@ -34,35 +34,51 @@ def is_hidden(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name, without directories, is that of an image to be read."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS and not is_hidden(name)
+    """Whether a file's name, with or without directories, is that of an image to be read."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not is_hidden(name.rpartition("/")[2])
 
 
 def file_names(directory: str | Path) -> list[str]:
     """The files below a directory that are not hidden, relative to it, with "/" on every system; links are followed.
-    Sorted directory by directory."""
+    Sorted directory by directory.
+
+    Raises:
+        ValueError: a directory below cannot be read.
+    """
     names = []
-    for root, directories, files in os.walk(directory, followlinks=True):  # 1.3 million files: no Path for each
-        here = os.path.realpath(root) + os.sep
-        directories[:] = [  # without links that lead back up
-            name
-            for name in directories
-            if not is_hidden(name) and not here.startswith(os.path.realpath(os.path.join(root, name)) + os.sep)
-        ]
+    above = {str(directory): (os.path.realpath(directory),)}  # of each directory to come: the true places on its way
+    for root, directories, files in os.walk(directory, onerror=_unreadable, followlinks=True):
+        way = above.pop(root)
+        places = {name: os.path.realpath(os.path.join(root, name)) for name in directories if not is_hidden(name)}
+        directories[:] = [name for name in places if not any(_is_in(place, places[name]) for place in way)]
+        above |= {os.path.join(root, name): (*way, places[name]) for name in directories}  # no link that leads back
         parts = Path(root).relative_to(directory).parts
         names += ["/".join((*parts, name)) for name in files if not is_hidden(name)]
     return sorted(names, key=lambda name: name.split("/"))
 
 
+def _is_in(place: str, directory: str) -> bool:
+    return os.path.join(place, "").startswith(os.path.join(directory, ""))
+
+
+def _unreadable(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise ValueError(f"expected a directory that can be read, found {error.filename} ({error.strerror})") from error
+
+
 def image_names(directory: str | Path) -> list[str]:
     """The images among `file_names`."""
-    return [name for name in file_names(directory) if is_image(name.rpartition("/")[2])]
+    return [name for name in file_names(directory) if is_image(name)]
 
 
 def left_out(names: Iterable[str]) -> dict[str, int]:
     """How many of these files are no images, by their extension."""
-    others = (name.rpartition("/")[2] for name in names)
-    return dict(Counter(os.path.splitext(name)[1].lower() or name for name in others if not is_image(name)))
+    others = (name.rpartition("/")[2] for name in names if not is_image(name))
+    return dict(Counter(os.path.splitext(name)[1].lower() or name for name in others))
+
+
+def describe_left_out(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items()))
 
 
 @functools.cache
@@ -81,7 +97,7 @@ def open_image(file: str | Path | io.BytesIO) -> Image.Image:
         return Image.open(file, formats=_formats())
     except Image.DecompressionBombError as error:
         raise OSError(
-            f"more than {MAX_PIXELS / 1e6:.0f} million pixels; make it smaller with another program"
+            f"more than {MAX_PIXELS / 1e6:.0f} million pixels; shrink it first (magick IN -resize 4096x4096 OUT)"
         ) from error
     except (OSError, *DAMAGE) as error:
         unknown = isinstance(error, Image.UnidentifiedImageError)  # whose text is of the object in memory
@@ -96,7 +112,7 @@ def read_image(content: bytes, alpha: str = "drop", exif_orientation: bool = Fal
         exif_orientation: turn the image as its camera asks for; the field's scripts do not.
 
     Returns:
-        The image, and what was noticed: "alpha", "rotated".
+        The image, and what was noticed: "alpha" if some of it is transparent, "rotated" if it asks to be turned.
 
     Raises:
         OSError: the bytes are no whole image, one with too many pixels, or one whose range of values is unknown.
@@ -105,15 +121,17 @@ def read_image(content: bytes, alpha: str = "drop", exif_orientation: bool = Fal
         raise OSError("an empty file")
     image = open_image(io.BytesIO(content))
     try:
-        rotated = image.getexif().get(0x0112, 1) not in (0, 1)
-        noticed = ["alpha"] * image.has_transparency_data + ["rotated"] * rotated
-        image = ImageOps.exif_transpose(image) if exif_orientation and rotated else image
         image.load()
+        noticed = ["rotated"] if _asks_to_be_turned(image) else []
+        image = ImageOps.exif_transpose(image) if exif_orientation and noticed else image
         if image.mode.startswith(("I", "F")):
-            return _to_8_bits(image).convert("RGB"), noticed
-        if alpha == "white" and image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = _to_8_bits(image)
+        elif image.has_transparency_data:
+            full = image.convert("RGBA")
+            if full.getchannel("A").getextrema()[0] < 255:
+                noticed.append("alpha")
+                white = Image.new("RGBA", full.size, "white")
+                image = Image.alpha_composite(white, full) if alpha == "white" else image
         return image.convert("RGB"), noticed
     except DAMAGE as error:
         raise OSError(str(error)) from error
@@ -124,16 +142,24 @@ def decode_image(content: bytes) -> Image.Image:
     return read_image(content)[0]
 
 
+def _asks_to_be_turned(image: Image.Image) -> bool:
+    """By EXIF. TIFF files do not: Pillow has turned them as they were read."""
+    with contextlib.suppress(OSError, *DAMAGE):  # damaged EXIF is none
+        return image.format != "TIFF" and image.getexif().get(0x0112) in range(2, 9)
+    return False
+
+
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Grey values of more than 8 bits, by the largest value that their file allows."""
     tags = getattr(image, "tag_v2", {})  # of TIFF: bits of a sample, and its largest value if that is recorded
-    bits, largest = tags.get(258, (16,))[0], tags.get(281)
-    if image.mode.startswith("F") or (bits > 16 and not largest):
-        kind = "floats" if image.mode.startswith("F") else f"integers of {bits} bits"
-        raise OSError(f"{kind}, whose range is not recorded; save it with 8 or 16 bits")
-    largest = (largest[0] if isinstance(largest, tuple) else largest) or 2**bits - 1
-    values = np.asarray(image).astype(np.float64) * (255 / largest)
-    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+    bits, largest, signed = tags.get(258, (16,))[0], tags.get(281), 2 in tags.get(339, ())
+    if image.mode.startswith("F") or ((bits > 16 or signed) and not largest):
+        kind = "floats" if image.mode.startswith("F") else f"{'signed ' * signed}integers of {bits} bits"
+        raise OSError(f"{kind}, whose range is not recorded; save it with 8 or 16 bits, unsigned")
+    if largest:
+        bits = int(max(largest) if isinstance(largest, tuple) else largest).bit_length()
+    values = (np.asarray(image).astype(np.float64) * (255 / (2**bits - 1))).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(255 - values if tags.get(262) == 0 else values)  # 0: white is zero
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:  # -> (R, R, 3) uint8
@@ -154,4 +180,4 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:  # -> (R, R, 3) ui
         raise OSError(f"{image.width} x {image.height} pixels are too narrow a picture for a crop of {size}")
     image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image)[top : top + size, left : left + size].copy()
+    return np.array(image.crop((left, top, left + size, top + size)))
