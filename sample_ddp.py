@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluations.evaluator import Evaluation, Settings
 from evaluations.images import open_images
@@ -42,6 +41,7 @@ from models.load import load_sit
 from models.sit import SiT
 from models.vae import UNKNOWN_VAE, check_vae, load_vae, vae_digest
 from runtime.distributed import allow_tf32, barrier, choose_device, copy_to_host_async, hold_directory, run_on_rank0
+from runtime.progress import Progress
 from sampling.batch_size import find_batch_size
 from sampling.generator import SampleGenerator, choose_classes, put_on_device
 from sampling.record import describe, describe_run, read_settings, resume
@@ -188,8 +188,8 @@ def draw_batches(
     generator: SampleGenerator, samples: SampleWriter, batches: list[int], evaluation: Evaluation | None, quiet: bool
 ) -> None:
     """Draw these batches and write them; a thread writes one while the device draws the next."""
-    shown = {"desc": "sampling", "unit": "image", "dynamic_ncols": True, "disable": quiet}
-    progress = tqdm(total=samples.num_samples, initial=samples.count(), **shown)
+    shown = {"desc": "sampling", "unit": "image", "disable": quiet}
+    progress = Progress(total=samples.num_samples, initial=samples.count(), **shown)
     with progress, ThreadPoolExecutor(1) as writer:
         in_flight: deque = deque()
         for batch in batches:

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
-from tqdm import tqdm
 
 from alignment.registry import needs_of
 from alignment.terms import Batch
@@ -35,6 +34,7 @@ from models.load import latest_checkpoint
 from models.sit import SiTConfig
 from reporting.report import write_report
 from runtime.loading import wait_for_batches, worker_errors
+from runtime.progress import Progress
 from runtime.seeding import block_generator, numpy_generator, step_generator
 from sampling.generator import decode_latents, sample_latents
 from training.checkpoint import snapshot
@@ -179,7 +179,7 @@ def fit(run: Run) -> None:
     begin, stopped, saved = time.perf_counter(), None, time.monotonic()
     profile = start_profiler(config) if config.profile and rank0 else None
     steps = range(run.start, config.max_train_steps)
-    progress = tqdm(steps, "training", config.max_train_steps, initial=run.start, disable=not rank0, dynamic_ncols=True)
+    progress = Progress(steps, "training", config.max_train_steps, initial=run.start, disable=not rank0)
     for index in progress:
         # One step.
         micro_batches = [

@@ -38,9 +38,9 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from models.load import STATE, latest_checkpoint, load_sit, read_state
+from runtime.progress import Progress
 from training.checkpoint import write_checkpoint
 from training.ema import gamma_of
 
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
     factors, distance = combine(list(kept), step, config.sigma_rel)
     total: dict[str, torch.Tensor] = {}
-    for factor, file in zip(factors, tqdm(kept.values(), "snapshots"), strict=True):
+    for factor, file in zip(factors, Progress(kept.values(), "snapshots"), strict=True):
         for name, value in load_file(file).items():
             total[name] = total.get(name, 0) + factor * value.double()
     state = {name: value for name, value in read_state(newest).items() if name in STATE}

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from alignment.registry import METHODS
 from analysis.probe_tokens import BLOCK, INPUT, ImageFiles, ProbedSiT, batches
 from analysis.similarity import Moments, cknna, fit_probe, linear_cka, probe_r2
 from dataset import LatentDataset
 from models.sit import SiT
+from runtime.progress import Progress
 from runtime.seeding import numpy_generator
 
 HELD_OUT = 4  # one image in so many is kept from the fit of the probe, to measure it
@@ -56,13 +56,19 @@ def measure(probed: ProbedSiT, source: LatentDataset | ImageFiles, indices: np.n
     order = numpy_generator(probed.seed, 0, "features tokens").permutation(count * probed.sit.config.num_tokens)
     drawn = np.sort(order[:CKNNA_TOKENS])
     passes = len(probed.levels) * -(-count // BLOCK)
-    with tqdm(total=passes, desc="measuring", unit="pass", dynamic_ncols=True) as bar:
+    with Progress(total=passes, desc="measuring", unit="pass") as bar:
         levels = [_measure_level(probed, source, indices, t, held_out, drawn, bar) for t in probed.levels]
     return dict(zip(METRICS, np.stack(levels, axis=2), strict=True))
 
 
 def _measure_level(
-    probed: ProbedSiT, source: Any, indices: np.ndarray, t: float, held_out: np.ndarray, drawn: np.ndarray, bar: tqdm
+    probed: ProbedSiT,
+    source: Any,
+    indices: np.ndarray,
+    t: float,
+    held_out: np.ndarray,
+    drawn: np.ndarray,
+    bar: Progress,
 ) -> np.ndarray:  # -> (3, 1 + B)
     """The metrics at one noise level, the input first, then each block."""
     config, device = probed.sit.config, probed.device

@@ -68,7 +68,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.utils import make_grid, save_image
-from tqdm import tqdm
 
 from dataset import LatentDataset, read_paths
 from models.vae import decode_images, encode_moments, load_vae, scale_from_config, vae_digest, vae_factor
@@ -85,6 +84,7 @@ from runtime.distributed import allow_tf32, barrier, choose_device, copy_to_host
 from runtime.files import Field
 from runtime.images import center_crop, read_image
 from runtime.loading import loading, wait_for_batches, worker_errors
+from runtime.progress import Progress
 
 # What determines the content of a store, in its record. A setting that comes later needs Field(historic): what the
 # stores that lack it were made with.
@@ -196,7 +196,7 @@ def encode_shards(
 
     total = sum(len(indices) for _, indices in shards)
     done = total - sum(len(indices) for _, indices, _ in todo)
-    bar = tqdm(total=total, initial=done, desc="encoding", unit="image", disable=rank > 0, dynamic_ncols=True)
+    bar = Progress(total=total, initial=done, desc="encoding", unit="image", disable=rank > 0)
     with worker_errors(), bar, ThreadPoolExecutor(1) as writer:
         in_flight: deque[Future[int]] = deque()
         for (shard, _, last), batch in zip(todo, wait_for_batches(loader), strict=True):

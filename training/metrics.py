@@ -8,9 +8,9 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from models.load import latest_checkpoint
+from runtime.progress import Progress
 from training.optimizer import learning_rate_at
 
 if TYPE_CHECKING:  # setup imports this module
@@ -61,11 +61,11 @@ def collect_metrics(run: Run, step: int, begin: float) -> tuple[dict[str, float]
     return row, stats.healthy
 
 
-def log_metrics(run: Run, row: dict[str, float], progress: tqdm) -> None:
+def log_metrics(run: Run, row: dict[str, float], progress: Progress) -> None:
     """Hand a row to the files, the tracker and the terminal."""
     run.log.write(row)
     run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-    progress.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{row['images_per_second']:.1f}")
+    progress.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{row['images_per_second']:.1f}", refresh=False)
     for name, alignment in run.alignments(row["step"] - 1).items():
         weighted = alignment.weight * row[f"align_{name}"]
         if weighted > 10 * row["velocity"]:
