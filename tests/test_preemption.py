@@ -108,7 +108,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once():
     request = StopRequest()
     try:
         os.kill(os.getpid(), signal.SIGINT)
-        assert request.agreed() == signal.SIGINT
+        assert request.agreed() == (signal.SIGINT, False)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:

@@ -43,18 +43,19 @@ class StopRequest:
         self.received = signal.Signals(number)
         os.write(2, f"{self.received.name}: ending the step, then saving\n".encode())  # print may be at work already
 
-    def agreed(self) -> signal.Signals | None:
-        """The signal that all ranks now know of. To be called once in each step by each of them."""
+    def agreed(self, due: bool = False) -> tuple[signal.Signals | None, bool]:
+        """The signal that all ranks now know of, and whether one has called something due. To be called once in each
+        step by each of them."""
         if self.group is None:
-            return self.received
-        told = None
+            return self.received, due
+        number, was_due = 0, False
         if self.pending is not None:
-            work, number = self.pending
+            work, told = self.pending
             work.wait()
-            told = signal.Signals(int(number)) if number else None
-        number = torch.tensor(int(self.received or 0))
-        self.pending = dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group, async_op=True), number
-        return told
+            number, was_due = told.tolist()
+        told = torch.tensor([int(self.received or 0), int(due)])
+        self.pending = dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group, async_op=True), told
+        return signal.Signals(number) if number else None, bool(was_due)
 
     def close(self) -> None:
         """Leave the signals as they were, and no exchange open."""
