@@ -11,6 +11,7 @@ import pytest
 import torch
 from filelock import UnixFileLock
 
+import sample_ddp
 import train
 from dataset import LatentDataset, store_digest
 from preprocessing import dump_latents
@@ -19,6 +20,8 @@ from runtime.distributed import copy_to_host_async, hold_directory
 from runtime.files import lock_directory, to_checksummed_json
 from tests.stores import make_store, make_vae
 from tests.test_dump_latents import contents, flags, picture
+from tests.test_import_latents import imported, repa_dump
+from tests.test_sample_ddp import arguments, make_checkpoint
 from tests.test_train import run, settings
 
 
@@ -50,6 +53,18 @@ def test_a_second_dump_into_a_store_is_refused_while_the_first_writes(images, va
     dump(images, tmp_path / "store", vae)  # the lock went with its holder
     assert not (tmp_path / "store" / ".lock").exists()
     assert len(LatentDataset(tmp_path / "store")) == 8
+
+
+def test_a_second_import_or_sampler_is_refused_while_the_first_writes(tmp_path):
+    repa_dump(tmp_path / "repa")
+    checkpoint, output = make_checkpoint(tmp_path / "trained"), tmp_path / "out"
+    with hold_directory(output):
+        with pytest.raises(ValueError, match=r"another process writes to .*out; wait for it"):
+            imported(tmp_path / "repa", output)
+        with pytest.raises(ValueError, match=r"another process writes to .*out; wait for it"):
+            sample_ddp.main(arguments(checkpoint, output, device="cpu"))
+        assert [path.name for path in output.iterdir()] == [".lock"]
+    assert len(imported(tmp_path / "repa", output)) == 7
 
 
 def test_rows_that_another_program_has_changed_do_not_pass_the_journal(tmp_path):
@@ -88,6 +103,7 @@ def changed_meta(store, **values):
     (store / "meta.json").write_text(to_checksummed_json(meta | values))
 
 
+@pytest.mark.slow
 def test_what_makes_two_stores_the_same_is_their_data_not_what_made_them(images, vae, tmp_path):
     data = make_store(tmp_path / "store")
     folder = run(data, tmp_path)
@@ -160,6 +176,7 @@ def test_a_full_disk_at_the_picture_for_the_eye_is_one_line_too(images, vae, tmp
     assert (tmp_path / "store" / "verify.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_store_dumped_again_elsewhere_is_the_same_store(images, vae, tmp_path):
     shutil.copytree(images, tmp_path / "moved" / "photos")
     for place in (images, tmp_path / "moved" / "photos"):
