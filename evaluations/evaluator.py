@@ -174,6 +174,8 @@ class Evaluation:
             )
         # Measure this rank's images.
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if rank == 0 and source.notes:
+            print(*source.notes, sep="\n", flush=True)
         start, stop = (source.count * part // world_size for part in (rank, rank + 1))
         with Progress(total=stop - start, desc=title, unit="image", disable=rank > 0 or not self.progress) as bar:
             for index, batch in enumerate(prefetched(source.batches(start, stop, self.settings.batch_size))):
@@ -220,7 +222,6 @@ class Evaluation:
         reference = self.source and describe_source(self.source, self.reference_stored)
         neighbors = self.source.count if self.source and self.kinds & {"precision", "recall"} else None
         warnings = warnings_about(samples["count"], labels, neighbors, "score" in self.kinds)
-        warnings += [note for described in (samples, reference or {}) for note in described.pop("notes", ())]
         sizes = samples.get("size"), reference and reference["size"]
         if None not in sizes and sizes[0] != sizes[1]:
             (height, width), (reference_height, reference_width) = sizes
@@ -244,7 +245,7 @@ def describe_source(source: Source, stored: list[str]) -> dict[str, Any]:
         "size": source.size and list(source.size),
         "sha256": source.digest(),
         "stored": stored,
-        "notes": getattr(source, "notes", []),
+        "notes": source.notes,
     }
 
 

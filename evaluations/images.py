@@ -1,8 +1,9 @@
 """Sets of images to be measured, read batch by batch: npz files, directories, latent stores, and stored statistics.
 
-Each class has `path`, `kind`, `count`, `size` (height, width), `labels` ((N,) or None), `digest()` and
-`batches(start, stop, batch_size)`, which yields (B, H, W, 3), uint8 or float32 in 0..255. All are opened and checked
-from headers alone; nothing of a file is unpickled, and no more than a few batches are in memory.
+Each class has `path`, `kind`, `count`, `size` (height, width), `labels` ((N,) or None), `notes` (what was done to
+images, and what was left out), `digest()` and `batches(start, stop, batch_size)`, which yields (B, H, W, 3), uint8 or
+float32 in 0..255. All are opened and checked from headers alone; nothing of a file is unpickled, and no more than a few
+batches are in memory.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class NpzImages:
     ADM's reference files hold `mu, sigma, mu_s, sigma_s` too.
     """
 
-    kind = "npz"
+    kind, notes = "npz", ()
     _scale_is_checked = False
 
     def __init__(self, path: Path, members: list[str]):
@@ -172,9 +173,6 @@ class DirectoryImages:
     Args:
         side: images of several sizes are brought to this one by the crop of a store; without it they are refused.
         always: images of one size are, too.
-
-    Attributes:
-        notes: what was done to images, and what was left out.
     """
 
     kind, members = "folder", ("arr_0",)
@@ -236,7 +234,7 @@ class DirectoryImages:
 class StoreImages:
     """The crops of a latent store that was made with `--keep-images`."""
 
-    kind, members = "latent store", ("arr_0",)
+    kind, members, notes = "latent store", ("arr_0",), ()
 
     def __init__(self, path: Path):
         self.path, self.dataset = path, LatentDataset(path, images=True)
@@ -256,7 +254,7 @@ class StoreImages:
 class StoredStatistics:
     """A file that `--save-stats` wrote: moments and features of images that are not in it."""
 
-    kind = "statistics"
+    kind, notes = "statistics", ()
     size, labels = None, None
 
     def __init__(self, path: Path, members: list[str]):
