@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started as a file
+
 from runtime import cli
 from runtime.cli import REQUIRED, flag
 
@@ -36,6 +38,7 @@ import torch
 
 from dataset import LatentDataset
 from models.load import checkpoints, load_sit
+from reporting.runs import read_json
 from runtime.files import sha256
 from training.checkpoint import verify_checkpoint
 
@@ -162,9 +165,11 @@ def examine_log(directory: Path, newest: int) -> Iterator[Finding]:
     steps = [row["step"] for row in rows]
     if steps != sorted(set(steps)):
         yield Finding("log.jsonl: steps are not in order", "the run removes the repetitions when it resumes")
-    distances = [b - a for a, b in itertools.pairwise(steps)]
+    every = (read_json(directory / "config.json").get("config") or {}).get("log_every", 1)
+    regular = [step for step in steps if step >= every]  # at first rows come more often
+    distances = [b - a for a, b in itertools.pairwise(regular)]
     usual = max(set(distances), key=distances.count, default=0)
-    gaps = [(a, b) for a, b in itertools.pairwise(steps) if b - a > 1.5 * usual]
+    gaps = [(a, b) for a, b in itertools.pairwise(regular) if b - a > 1.5 * usual]
     if gaps:
         text = f"log.jsonl: {len(gaps)} gaps, the first between steps {gaps[0][0]} and {gaps[0][1]}"
         yield Finding(text, "rows were lost, or --log-every was changed; the weights do not depend on it")

@@ -46,8 +46,8 @@ def step(batch: int = 4, steps: int = 5) -> None:
     bottleneck = f"matrix products and attention, which both do alike, take {share:.0%} of the plain step"
     record("train/step", seconds[0], "s", seconds[1], **about, bottleneck=bottleneck)
 
-    updater = EMAUpdater(plain.ema, sit, 0.9999)
-    ours, base = in_turn(updater.update, plain.update_ema, times=20)
+    updater = EMAUpdater([plain.ema], sit, [lambda step: 0.9999])
+    ours, base = in_turn(lambda: updater.update(0), plain.update_ema, times=20)
     about = {"model": "SiT-S/2", "baseline_is": "plain loop", "bar": ">= 1.5 x"}
     bottleneck = "memory, which both are bound by: three passes over tensors against five"
     record("train/ema", ours, "s", base, **about, bottleneck=bottleneck)

@@ -28,6 +28,7 @@ PROGRAMS = {
     "analysis.doctor": ("analysis.doctor", "DoctorConfig"),
     "analysis.cost": ("analysis.cost", "CostConfig"),
     "analysis.probe": ("analysis.probe", "ProbeConfig"),
+    "analysis.posthoc_ema": ("analysis.posthoc_ema", "PosthocConfig"),
     "analysis.report": ("analysis.report", "ReportConfig"),
     "analysis.compare": ("analysis.compare", "CompareConfig"),
     "analysis.publish": ("analysis.publish", "PublishConfig"),
