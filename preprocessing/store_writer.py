@@ -23,7 +23,7 @@ import numpy as np
 from dataset import FORMAT, NPY_HEADER, VERSION, ends_digest, npy_header, read_journal, read_json, read_meta
 from models.vae import LatentScale
 from runtime import provenance
-from runtime.files import LOCK, Field, read_record, sha256, to_checksummed_json, write_at, write_atomically
+from runtime.files import LOCK, Field, fdatasync, read_record, sha256, to_checksummed_json, write_at, write_atomically
 
 NOTICED = {
     "alpha": "have transparency, which is dropped unless --alpha white is given",
@@ -231,7 +231,7 @@ class ShardWriter:
             descriptor = os.open(self._file(kind, ".partial"), os.O_WRONLY | os.O_CREAT, 0o644)
             try:
                 write_at(descriptor, rows, NPY_HEADER + self.rows * (rows.nbytes // max(1, len(rows))))
-                os.fdatasync(descriptor)  # before its line in the journal, which a power cut could keep alone
+                fdatasync(descriptor)  # before its line in the journal, which a power cut could keep alone
             finally:
                 os.close(descriptor)
             digests[kind] = hashlib.sha256(rows).hexdigest()

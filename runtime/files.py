@@ -40,6 +40,11 @@ def fsync(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def fdatasync(descriptor: int) -> None:
+    """Wait until a file's content is on the disk; where a system has no such call, its names and times, too."""
+    getattr(os, "fdatasync", os.fsync)(descriptor)
+
+
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write a file under a temporary name, flush it to the disk, and rename it: a reader sees all of it or none."""
     path = Path(path)

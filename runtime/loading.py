@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing.queues
 import os
 import shutil
@@ -26,14 +27,15 @@ def loading(workers: int, start: Callable[[int], None] | None = None) -> dict[st
         workers: DataLoader workers.
         start: called in each of them with its number.
     """
+    settings = {"timeout": POLL, "worker_init_fn": functools.partial(_start_worker, start)} if workers else {}
+    return {"num_workers": workers} | settings
 
-    def start_worker(worker: int) -> None:
-        # A batch that cannot be handed over would be dropped by a thread, and waited for without end: end the worker.
-        multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
-        if start:
-            start(worker)
 
-    return {"num_workers": workers} | ({"timeout": POLL, "worker_init_fn": start_worker} if workers else {})
+def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
+    # A batch that cannot be handed over would be dropped by a thread, and waited for without end: end the worker.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
+    if start:
+        start(worker)
 
 
 def _end_worker(error: BaseException, batch: Any) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from runtime.files import LOCK, fsync, full_disk_is_an_error, sha256, to_json, write_at, write_atomically
+from runtime.files import LOCK, fdatasync, fsync, full_disk_is_an_error, sha256, to_json, write_at, write_atomically
 from sampling.config import SampleConfig
 from sampling.record import FORMAT, SETTINGS, VERSION, read_settings
 
@@ -91,7 +91,7 @@ class SampleWriter:
             write_at(self._images, images, first * self.image_bytes)
             if self.png:
                 list(self._encoders.map(self._write_png, range(first, first + len(images)), images))
-            os.fdatasync(self._images)  # a batch must not be marked before it is on the disk
+            fdatasync(self._images)  # a batch must not be marked before it is on the disk
             write_at(self._done, b"\1", batch)
 
     def _write_png(self, index: int, image: np.ndarray) -> None:  # (R, R, 3) uint8

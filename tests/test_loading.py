@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from runtime import loading
 from runtime.loading import wait_for_batches, worker_errors
+from training.preemption import ignore_signals
 
 
 class Items(Dataset):
@@ -87,3 +88,14 @@ def test_an_error_of_the_data_itself_is_passed_on():
     with pytest.raises(RuntimeError, match="in the data"), worker_errors():
         list(wait_for_batches(loader(broken)))
     assert torch.utils.data.get_worker_info() is None
+
+
+def test_workers_can_be_spawned_as_on_a_mac(monkeypatch):
+    monkeypatch.setattr(loading, "PATIENCE", 60)
+    made = loading.loading(1, ignore_signals)
+    spawned = DataLoader(Items(two), batch_size=1, collate_fn=list, multiprocessing_context="spawn", **made)
+    assert list(wait_for_batches(spawned)) == [[0], [1], [2], [3]]
+
+
+def two():
+    return 2

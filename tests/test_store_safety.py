@@ -192,3 +192,11 @@ def test_a_store_dumped_again_elsewhere_is_the_same_store(images, vae, tmp_path)
     assert store_digest(one) == store_digest(two)
     assert one["vae"] != two["vae"]
     assert one["skipped"] == two["skipped"] == [{"path": "a/9.png", "reason": "no image of a known kind"}]
+
+
+def test_a_system_without_fdatasync_dumps_the_same_store(images, vae, tmp_path, monkeypatch):
+    """macOS has none."""
+    dump(images, tmp_path / "whole", vae)
+    monkeypatch.delattr(os, "fdatasync")
+    dump(images, tmp_path / "store", vae)
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
