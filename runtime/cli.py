@@ -190,7 +190,7 @@ def _yaml_to_flags(parser: _Parser, path: str, fields: dict[str, dataclasses.Fie
     import yaml
 
     try:
-        content = yaml.load(Path(path).read_text(), yaml.BaseLoader)  # scalars stay the text that stands there
+        content = yaml.BaseLoader(Path(path).read_text()).get_single_data()  # scalars stay the text that stands there
     except OSError as error:
         parser.error(error.strerror)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
