@@ -20,6 +20,7 @@ if __name__ == "__main__":
     cli.parse_early(SampleConfig, __doc__)  # answers --help and refuses wrong flags before torch is imported
 
 import datetime
+import json
 import os
 import time
 from collections import deque
@@ -34,13 +35,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from evaluations.evaluator import Evaluation, Settings
+from evaluations.evaluator import Evaluation, Settings, describe_source
 from evaluations.images import open_images
 from evaluations.networks import load_network
 from models.load import load_sit
 from models.sit import SiT
 from models.vae import UNKNOWN_VAE, check_vae, load_vae, vae_digest
 from runtime.distributed import allow_tf32, barrier, choose_device, copy_to_host_async, hold_directory, run_on_rank0
+from runtime.files import to_json, write_atomically
 from runtime.progress import Progress
 from sampling.batch_size import find_batch_size
 from sampling.generator import SampleGenerator, choose_classes, put_on_device
@@ -82,7 +84,13 @@ def sample(config: SampleConfig, given: frozenset[str], rank: int, processes: in
                 one = resume(one, given, recorded)
             settings, classes = describe(one, sit, info, device), choose_classes(one, len(info["class_names"]))
             if run_on_rank0(partial(is_complete, directory, settings)):
-                report_complete(config, directory, settings, rank)
+                if rank == 0:
+                    remove_partial(directory)
+                    print(f"{directory} is complete: {settings['num_samples']:,} images of these settings")
+                if config.evaluate and not run_on_rank0(partial(is_measured, config, directory)):
+                    evaluation = evaluation or start_evaluation(config, info["vae"], settings, device)
+                    evaluation.reset()
+                    measure_again(evaluation, directory, rank)
                 continue
             # SiT and VAE on the device: once, unless a resumed set was begun with another precision.
             allow_tf32(settings["tf32"])
@@ -123,6 +131,11 @@ def load_model(config: SampleConfig, checkpoint: str, rank: int) -> tuple[SiT, d
             f"channels (the SD-VAE's), found {sit.config.in_channels} channels; fine-tune it on a store by train.py "
             f"--init-from, whose checkpoints tell it"
         )
+    if (info.get("config") or {}).get("label_dropout") == 0 and any(scale != 1 for scale in config.guidance_scale):
+        raise ValueError(
+            f"--guidance-scale: expected 1 for {checkpoint}, which was trained with --label-dropout 0: its null "
+            f"class was never trained, found {' '.join(f'{scale:g}' for scale in config.guidance_scale)}"
+        )
     info["vae"] = config.vae or info["vae"]
     if info["vae_digest"] == UNKNOWN_VAE:  # any VAE is accepted, and recorded for this set
         info["vae_digest"] = vae_digest(load_vae(info["vae"]))
@@ -132,19 +145,6 @@ def load_model(config: SampleConfig, checkpoint: str, rank: int) -> tuple[SiT, d
 
 
 # The sets.
-
-
-def report_complete(config: SampleConfig, directory: Path, settings: dict[str, Any], rank: int) -> None:
-    """Say that there is nothing to do.
-
-    Raises:
-        ValueError: metrics are asked for, and the samples were drawn without.
-    """
-    if rank == 0:
-        remove_partial(directory)
-        print(f"{directory} is complete: {settings['num_samples']:,} images of these settings; nothing to do")
-    if config.evaluate and not (directory / "metrics.json").is_file():
-        raise ValueError(f"{directory} was drawn without --evaluate; run python -m evaluations.evaluate on it")
 
 
 def draw_set(
@@ -235,6 +235,35 @@ def start_evaluation(config: SampleConfig, vae_name: str, settings: dict[str, An
     open_images(config.evaluate, side)  # refused before a network is loaded
     network = load_network(config.features, inception_weights=config.inception_weights, vae=vae_name, device=device)
     return Evaluation([network], config.evaluate, Settings(k=NEIGHBOURS, batch_size=settings["batch_size"]), side=side)
+
+
+def is_measured(config: SampleConfig, directory: Path) -> bool:
+    """Whether `metrics.json` of a whole set has what --evaluate asks for.
+
+    Raises:
+        ValueError: it has not, and the set has no samples.npz to measure.
+    """
+    file = directory / "metrics.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    path = (found.get("reference") or {}).get("path")
+    if path == str(open_images(config.evaluate).path) and config.features in (found.get("features") or {}):
+        return True
+    if not (directory / "samples.npz").is_file():
+        raise ValueError(f"--evaluate: expected {directory / 'samples.npz'} to measure, found none (--no-npz)")
+    return False
+
+
+def measure_again(evaluation: Evaluation, directory: Path, rank: int) -> None:
+    """Measure the images of a whole set; rank 0 writes `metrics.json`."""
+    source = open_images(str(directory / "samples.npz"))
+    evaluation.measure(evaluation.samples, source, "samples")
+    values = evaluation.finish()
+    if rank == 0:
+        record = evaluation.record(values, describe_source(source, []), source.labels)
+        record |= {"sampling": json.loads((directory / "samples.json").read_text())}
+        write_atomically(directory / "metrics.json", to_json(record))
+        for name, value in values.items():
+            print(f"{name:>24}  {value:.6g}")
 
 
 def update_evaluation(evaluation: Evaluation, samples: SampleWriter, batch: int, images: Tensor | np.ndarray) -> None:

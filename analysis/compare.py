@@ -10,6 +10,11 @@ there are none, runs are compared by the velocity loss.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started as a file
+
 from analysis.compare_config import CompareConfig
 from runtime import cli
 
@@ -17,9 +22,7 @@ if __name__ == "__main__":
     cli.parse_early(CompareConfig, __doc__)  # answers --help and refuses wrong flags before torch is imported
 
 import io
-import sys
 import warnings
-from pathlib import Path
 
 from matplotlib.figure import Figure
 

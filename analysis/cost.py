@@ -1,8 +1,8 @@
 """Table 4: what each method costs, counted for any size and measured on this machine; and what a whole training takes.
 
-    python -m analysis.cost --model SiT-XL/2                                  # one GPU
-    python -m analysis.cost --model SiT-S/2 --batch-size 8 --steps 3          # a CPU
-    python -m analysis.cost --model SiT-B/2 SiT-L/2 SiT-XL/2 --no-measure     # counts alone, in seconds
+    python -m analysis.cost SiT-XL/2                                  # one GPU
+    python -m analysis.cost SiT-S/2 --batch-size 8 --steps 3          # a CPU
+    python -m analysis.cost SiT-B/2 SiT-L/2 SiT-XL/2 --no-measure     # counts alone, in seconds
 
 The counts are of the forward pass of one image, as a training step makes it: the SiT, its heads, and what makes the
 target. They are MACs, which the paper calls FLOPs; its convention leaves the products inside attention out. Speed and
@@ -11,7 +11,11 @@ latency are those of the trainer's own step and network, on random data.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started as a file
 
 from runtime import cli
 from runtime.cli import check, flag
@@ -21,7 +25,7 @@ from runtime.cli import check, flag
 class CostConfig:
     """What to count and to measure."""
 
-    model: tuple[str, ...] = flag(("SiT-XL/2",), "models of the table", group="what", metavar="MODEL")
+    model: tuple[str, ...] = flag(("SiT-XL/2",), "models of the table", group="what", metavar="MODEL", positional=True)
     align: tuple[str, ...] | None = flag(
         None, "methods, as train.py's --align; by default none, and each there is", group="what", metavar="METHOD"
     )
@@ -50,7 +54,6 @@ import json
 import statistics
 import tempfile
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 

@@ -13,8 +13,12 @@ training: a sample of the posterior, noised, and the image's class. t = 0 is dat
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started as a file
 
 from runtime import cli
 from runtime.cli import REQUIRED, check, flag
@@ -62,7 +66,6 @@ if __name__ == "__main__":
 
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch

@@ -10,8 +10,12 @@ same command writes it anew, but for a card that was changed by hand, which is k
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started as a file
 
 from runtime import cli
 from runtime.cli import REQUIRED, check, flag
@@ -45,10 +49,9 @@ if __name__ == "__main__":
 import dataclasses
 import json
 import os
+import re
 import shutil
-import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -184,7 +187,7 @@ def write_card(records: Records, name: str, include_vae: bool) -> str:
     """
     info, config, jinja = records.info, records.config, environment()
     quoted = partial(json.dumps, ensure_ascii=False)
-    jinja.filters |= {"value": as_text, "short": short, "count": count, "quoted": quoted}
+    jinja.filters |= {"value": as_text, "short": short, "count": count, "quoted": quoted, "plain": plain}
     return jinja.get_template("model_card.md").render(
         **vars(records),
         name=name,
@@ -238,6 +241,11 @@ def choose_directory(config: PublishConfig, records: Records) -> Path:
 
 def _beside(directory: Path, kind: str) -> Path:
     return directory.absolute().with_name(f".{directory.absolute().name}.{kind}")
+
+
+def plain(text: str) -> str:
+    """Text whose characters mean nothing in Markdown or HTML, in one line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!&])", r"\\\1", " ".join(str(text).split()))
 
 
 def changed_card(directory: Path) -> str | None:

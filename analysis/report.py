@@ -10,10 +10,13 @@ run in training, the same command writes a new one.
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started as a file
 
 from reporting.report import write_report
 from runtime import cli

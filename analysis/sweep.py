@@ -1,6 +1,6 @@
 """Train, sample and measure every row of a table of settings, with several seeds, and write one table of the results.
 
-    python -m analysis.sweep --data-dir data/imagenet256 --reference VIRTUAL_imagenet256_labeled.npz --processes 8
+    python -m analysis.sweep data/imagenet256 --reference VIRTUAL_imagenet256_labeled.npz --processes 8
 
 Each row and seed is a run of its own, `<output-dir>/<row>-seed<seed>`: train.py, then sample_ddp.py with --evaluate.
 The same command resumes a stopped sweep; what is finished is not run again. The table is written anew after each run.
@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started as a file
+
 from reporting.values import markdown_table
 from runtime import cli
 from runtime.cli import REQUIRED, check, flag
@@ -34,7 +36,7 @@ PAPER_METRICS = ("fid", "sfid", "is", "precision", "recall")  # the order of `pa
 class SweepConfig:
     """Settings of a sweep."""
 
-    data_dir: str = flag(REQUIRED, "latent store that every run is trained on", group="what to run")
+    data_dir: str = flag(REQUIRED, "latent store that every run is trained on", group="what to run", positional=True)
     reference: str = flag(REQUIRED, "what sample_ddp.py --evaluate takes", group="what to run")
     table: str = flag("analysis/ablations.yaml", "YAML with the rows", group="what to run")
     rows: tuple[str, ...] | None = flag(None, "rows to run, by name (default: all)", group="what to run", metavar="ROW")

@@ -106,6 +106,12 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"expected at least k + 1 = {config.k + 1} samples, found {source.count} in {config.samples}")
     directory = source.path if source.path.is_dir() else source.path.parent
     sampling = read_sampling(directory)
+    recorded = (sampling or {}).get("npz_sha256")
+    if recorded and source.kind == "npz" and recorded != source.digest():
+        print(
+            f"{directory / 'samples.json'} is the record of another npz than {source.path}: left out", file=sys.stderr
+        )
+        sampling = None
     output = Path(config.output or directory / "metrics.json")
     check_writable(output, "output")
     if config.save_stats:

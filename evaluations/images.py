@@ -51,6 +51,8 @@ def open_images(
         ValueError: nothing there, or nothing that can be read as images or statistics.
     """
     place = Path(path)
+    if (place / "samples.npz").is_file():  # the directory of a set of samples
+        place = place / "samples.npz"
     if place.is_dir():
         return StoreImages(place) if (place / "meta.json").exists() else DirectoryImages(place, side, always)
     if not place.exists():

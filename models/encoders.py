@@ -5,8 +5,11 @@ Shape suffixes: N batch, R image side in pixels, T = side^2 patch tokens, D numb
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +130,8 @@ def _build_encoder(name: str, side: int, weights: str | Path | None) -> Encoder:
         constants.HF_HUB_OFFLINE = True  # its cache may hold them; asking the hub in vain takes most of a minute
     options = {"pretrained": pretrained, "num_classes": 0, "img_size": size, "pretrained_cfg_overlay": overlay}
     try:
-        network = timm.create_model(timm_name, **options)
+        with _names_not_loaded(type(bare)) as left:
+            network = timm.create_model(timm_name, **options)
     except TypeError as error:
         raise ValueError(f"--repa-encoder: {name!r} cannot be set to images of side {size} ({error})") from error
     except (OSError, RuntimeError, KeyError, AttributeError) as error:
@@ -136,8 +140,28 @@ def _build_encoder(name: str, side: int, weights: str | Path | None) -> Encoder:
             raise ValueError(f"--repa-weights: expected weights of {timm_name}, found {weights} ({reason})") from error
         fix = "without a network give a local file by --repa-weights"
         raise ValueError(f"--repa-encoder: cannot get the weights of {timm_name} ({reason}); {fix}") from error
+    if left := [name for name in left if not name.startswith(("head.", "fc_norm.", "attn_pool."))]:  # behind the tokens
+        found = f"{weights or 'a file of the hub'} without {len(left)} of its tensors ({', '.join(left[:3])}, ...)"
+        raise ValueError(f"--repa-weights: expected weights of {timm_name}, found {found}")
     data = timm.data.resolve_model_data_config(network)
     return Encoder(network, size, data["mean"], data["std"]).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _names_not_loaded(network: type[nn.Module]) -> Iterator[list[str]]:
+    """Tensors that no file had when timm made such a network: it leaves them random, and says so in its log alone."""
+    left, load = [], network.load_state_dict
+
+    def load_state_dict(*args: Any, **options: Any) -> Any:
+        result = load(*args, **options)
+        left.extend(result.missing_keys)
+        return result
+
+    network.load_state_dict = load_state_dict
+    try:
+        yield left
+    finally:
+        network.load_state_dict = load
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

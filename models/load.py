@@ -34,7 +34,7 @@ STATE = {  # the fields of state.json, which training/checkpoint.py writes
     # Not needed to sample: checkpoints that another program wrote may lack them.
     "config": Field(None),  # a record of its own: training/config.py
     **dict.fromkeys(
-        "data_digest initial processes tracker_run versions git_revision machine date".split(), Field(None)
+        "data_digest initial repa_digest processes tracker_run versions git_revision machine date".split(), Field(None)
     ),
 }
 SD_VAE_SCALE = 0.18215  # the scale that the SD-VAE's config records, and that SiT, REPA and SRA train with
@@ -164,6 +164,8 @@ def _load_foreign(path: Path) -> tuple[SiT, dict[str, Any]]:
     config, tensors, kind, notes = convert_state_dict(content)
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else {}
+    if str(args.get("model", "SiT")).startswith("DiT"):
+        raise ValueError(f"expected a SiT, found {args['model']}: a DiT has the same tensors, but predicts noise")
     path_type = FOREIGN_PATHS.get(str(args.get("path_type", "linear")).lower())
     if path_type is None or args.get("prediction", "v") not in ("v", "velocity"):
         found = f"trained to predict {args.get('prediction', 'v')} on the path {args.get('path_type')}"

@@ -191,7 +191,8 @@ def is_complete(directory: Path, settings: dict[str, Any]) -> bool:
                 f"{directory} holds samples of other settings: {'; '.join(differing)}; "
                 f"give those settings, or another --output-dir"
             )
-        return (directory / "samples.json").is_file()
+        there = not settings["npz"] or (directory / "samples.npz").is_file()  # else it is drawn again
+        return there and (directory / "samples.json").is_file()
     if directory.is_dir() and {path.name for path in directory.iterdir()} - {"partial", LOCK}:
         raise ValueError(f"--output-dir: expected a new directory or one of samples, found other files in {directory}")
     return False

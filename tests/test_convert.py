@@ -105,6 +105,16 @@ def test_sits_training_file_tells_path_and_size(tmp_path):
     assert info["read_as"].startswith("SiT's file: EMA weights; ")
 
 
+def test_a_dit_is_not_taken_for_a_sit(tmp_path):
+    """The same tensors, another meaning."""
+    args = argparse.Namespace(model="DiT-XL/2")
+    file = save({"ema": random_state(learn_sigma=True), "args": args}, tmp_path / "dit.pt")
+    with pytest.raises(
+        ValueError, match="expected a SiT, found DiT-XL/2: a DiT has the same tensors, but predicts noise"
+    ):
+        load_sit(file)
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_repas_file_has_our_time_and_loses_its_projectors(legacy, tmp_path):
     state = random_state()

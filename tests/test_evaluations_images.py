@@ -169,3 +169,9 @@ def test_directories_and_stores_that_cannot_be_used_are_refused_in_words(tmp_pat
     (damaged / "meta.json").write_text("{")
     with pytest.raises(ValueError, match=r"damaged store: .*meta.json"):
         open_images(str(damaged))
+
+
+def test_the_directory_of_a_set_of_samples_is_its_npz(tmp_path):
+    np.savez(tmp_path / "samples.npz", IMAGES)
+    (tmp_path / "images").mkdir()
+    assert open_images(str(tmp_path)).path == tmp_path / "samples.npz"

@@ -97,3 +97,12 @@ def test_flags_are_known_before_torch_is():
     command = f"import sys, {', '.join(sorted(BEFORE_TORCH))}; print({{'torch', 'numpy'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", [file.name for file in sorted((ROOT / "analysis").glob("*.py")) if "cli.run(main)" in file.read_text()]
+)
+def test_every_program_of_analysis_runs_as_a_file_too(name):
+    done = subprocess.run([sys.executable, f"analysis/{name}", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, PartialState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -465,3 +466,28 @@ def test_every_method_trains_in_bf16_on_a_gpu(compiled, data, repa, tmp_path):
     rows = read_log(run(data, tmp_path, **options, **repa))
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert load_encoder(ENCODER, 2, repa["repa_weights"], "cuda").network.pos_embed.dtype == torch.bfloat16
+
+
+def test_a_run_is_resumed_with_the_weights_it_was_trained_with(data, tmp_path):
+    """Of the encoder and of --init-from: by their digests, not by their paths."""
+    weights_file = make_encoder(tmp_path / "encoder.safetensors")
+    encoder = {"align": "repa", "repa_encoder": ENCODER, "repa_weights": weights_file}
+    source = run(data, tmp_path / "source", max_train_steps=1)
+    run(data, tmp_path, max_train_steps=1, init_from=source, **encoder)
+    run(data, tmp_path, max_train_steps=2, init_from=source, **encoder)
+    make_encoder(weights_file, seed=1)
+    with pytest.raises(ValueError, match=r"--repa-weights: expected the weights that the run .* was trained with"):
+        run(data, tmp_path, max_train_steps=3, init_from=source, **encoder)
+    make_encoder(weights_file)
+    folder = load.latest_checkpoint(source)
+    shutil.rmtree(folder)
+    other = run(data, tmp_path / "other", max_train_steps=1, seed=5)
+    shutil.copytree(load.latest_checkpoint(other), folder)
+    with pytest.raises(ValueError, match=r"--init-from: expected the weights that the run .* was trained with"):
+        run(data, tmp_path, max_train_steps=3, init_from=source, **encoder)
+
+
+def test_weights_of_something_else_are_not_an_encoder(tmp_path):
+    save_file({"unrelated": torch.zeros(3)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="--repa-weights: expected weights of"):
+        load_encoder(ENCODER, 2, tmp_path / "w.safetensors")

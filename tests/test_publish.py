@@ -339,7 +339,9 @@ def test_every_kind_of_alignment_and_a_start_from_elsewhere_are_told(tmp_path):
     assert "# SiT-B/2 + REPA + VAE-REPA, step 7\n" in card
     assert "tokens within it were aligned by REPA and VAE-REPA." in card
     assert rows["alignment: VAE-REPA"].startswith("depth 2, 8; weight 1; ")
-    assert rows["alignment: REPA"].startswith("encoder dinov2-vit-b; weights dinov2.safetensors; depth 4; weight 0.5; ")
+    assert rows["alignment: REPA"].startswith(
+        "encoder dinov2-vit-b; weights dinov2.safetensors; final norm none; depth 4; weight 0.5; "
+    )
     assert rows["every alignment"] == "beta of smooth L1 0.05; times 0 to 0.5"
     assert rows["started from"] == "`SiT-XL-2.pt` (SiT's file: time reversed), SHA-256 f00d"
     assert rows["data"] == "`imagenet256`, 16 x 16 pixels, 1 class, mirrored at random"
@@ -402,6 +404,10 @@ def test_samples_from_elsewhere_are_taken_if_they_are_of_this_checkpoint(checkpo
     line = refused(capsys, checkpoint, "--samples", tmp_path, "--output-dir", tmp_path / "other")
     assert "expected a set of samples (samples.json" in line
     assert not (tmp_path / "other").exists()
+
+
+def test_names_of_classes_cannot_become_markup():
+    assert publish.plain("<script>\n[a](b) | `x`") == r"\<script\> \[a\](b) \| \`x\`"
 
 
 def test_samples_of_newer_code_do_not_keep_a_model_from_being_published(trained, tmp_path):

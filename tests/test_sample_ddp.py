@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 import sample_ddp
@@ -23,6 +24,7 @@ import sampling.generator
 import sampling.record
 from diffusion.interpolant import Interpolant
 from diffusion.samplers import guided_velocity, sample_sde
+from evaluations import evaluate
 from models.load import load_sit
 from models.sit import SiT, SiTConfig
 from models.vae import LatentScale, decode_images, load_vae, vae_digest
@@ -31,7 +33,8 @@ from runtime.seeding import block_generator
 from sampling import writer
 from sampling.config import BLOCK, SampleConfig
 from sampling.generator import SampleGenerator, draw_labels
-from tests.stores import make_vae, save_checkpoint
+from tests.stores import make_store, make_vae, save_checkpoint
+from tests.test_train import run
 
 ROOT = Path(__file__).resolve().parent.parent
 K = 5
@@ -458,7 +461,7 @@ def refused(capsys, flags):
         ({"guidance_scale": "nan"}, "--guidance-scale: expected finite scales, found nan"),
         ({"guidance_low": -0.5}, "--guidance-low: expected times in [0, 1], found -0.5"),
         ({"guidance_low": 0.5, "guidance_high": 0.4}, "--guidance-high: expected a time in [0.5, 1]"),
-        ({"seed": -1}, "--seed: expected at least 0, found -1"),
+        ({"seed": -1}, "--seed: expected an integer in [0, 2**64), found -1"),
         ({"classes": (1, K)}, "--classes: expected different numbers from 0 to 4, found 1 5"),
         ({"classes": (1, 1)}, "--classes: expected different numbers"),
         ({"sampler": "ddim"}, "invalid choice: 'ddim'"),
@@ -619,8 +622,45 @@ def test_bad_flags_of_evaluation_are_named_before_anything_is_drawn(checkpoint, 
     assert "--num-samples: expected more than 3 beside --evaluate" in line
     assert "nothing would be kept" in refused(capsys, [*arguments(checkpoint, output), "--no-npz"])
     assert not output.exists()
-    line = refused(capsys, arguments(checkpoint, whole, evaluate=reference, features="vae"))
-    assert "run python -m evaluations.evaluate" in line
+
+
+def test_a_whole_set_is_measured_when_another_reference_is_asked_for(checkpoint, whole, reference, tmp_path, capsys):
+    output = shutil.copytree(whole, tmp_path / "set")
+    asked = {"evaluate": reference, "features": "random"}
+    sample_ddp.main(arguments(checkpoint, output, **asked))
+    found = json.loads((output / "metrics.json").read_text())
+    evaluate.main([str(output / "samples.npz"), "--ref", str(reference), "--features", "random", "--device", "cpu",
+                   "--output", str(tmp_path / "offline.json")])  # fmt: skip
+    assert found["metrics"] == pytest.approx(json.loads((tmp_path / "offline.json").read_text())["metrics"], rel=1e-6)
+    before = (output / "metrics.json").stat().st_mtime_ns
+    sample_ddp.main(arguments(checkpoint, output, **asked))
+    assert (output / "metrics.json").stat().st_mtime_ns == before
+    sample_ddp.main(arguments(checkpoint, output, **asked | {"evaluate": output / "samples.npz"}))
+    assert json.loads((output / "metrics.json").read_text())["metrics"]["random-frechet"] == pytest.approx(0, abs=1e-3)
+
+
+def test_a_set_whose_samples_are_gone_is_not_finished(checkpoint, whole, tmp_path):
+    output = shutil.copytree(whole, tmp_path / "set")
+    (output / "samples.npz").unlink()
+    sample_ddp.main(arguments(checkpoint, output))
+    assert same_npz(output, whole)
+
+
+def test_the_record_beside_another_npz_is_not_taken_for_its_own(whole, reference, tmp_path, capsys):
+    output = shutil.copytree(whole, tmp_path / "set")
+    shutil.copyfile(reference, output / "samples.npz")
+    evaluate.main([str(output / "samples.npz"), "--ref", str(reference), "--features", "random", "--device", "cpu"])
+    assert "is the record of another npz" in capsys.readouterr().err
+    assert json.loads((output / "metrics.json").read_text())["sampling"] is None
+
+
+def test_guidance_by_a_null_class_that_was_never_trained_is_refused(tmp_path, capsys):
+    vae = make_vae(tmp_path / "vae")
+    make_store(tmp_path / "store", vae=vae)
+    folder = run(tmp_path / "store", tmp_path, label_dropout=0.0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    line = refused(capsys, ["--checkpoint", folder, "--guidance-scale", 4, "--num-samples", 16, "--device", "cpu"])
+    assert "which was trained with --label-dropout 0" in line
 
 
 @pytest.mark.gpu

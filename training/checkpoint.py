@@ -36,7 +36,7 @@ from training.config import TrainConfig
 
 
 def make_records(
-    config: TrainConfig, store: LatentDataset, initial: dict[str, Any] | None, processes: int
+    config: TrainConfig, store: LatentDataset, initial: dict[str, Any] | None, repa_digest: str | None, processes: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What goes into a run's `config.json`, and into `state.json` of its checkpoints beside step and digests.
 
@@ -44,6 +44,7 @@ def make_records(
         config: with every None decided.
         store: the latents. Its digest is the one by which it is known again.
         initial: `source`, `read_as` and `digest` of the weights that the run began with; None if they were random.
+        repa_digest: SHA-256 of the file of `--repa-weights`.
         processes: how many train now.
     """
     settings = {"config": dataclasses.asdict(config), "data_digest": store_digest(store.meta)}
@@ -52,7 +53,8 @@ def make_records(
         before = json.loads((config.run_dir / "config.json").read_text())
     # The tracker's run is made with the run's directory, and resumed with it.
     tracker_run = before.get("tracker_run") or uuid.uuid4().hex
-    settings |= {"initial": initial, "processes": processes, "tracker_run": tracker_run, **provenance.stamp()}
+    settings |= {"initial": initial, "repa_digest": repa_digest, "processes": processes, "tracker_run": tracker_run}
+    settings |= provenance.stamp()
     groups: dict[str, list[str]] = {}
     for field in dataclasses.fields(config):
         groups.setdefault(field.metadata["group"], []).append(field.name)

@@ -1,4 +1,4 @@
-"""Fine-tuning: what a run with `--init-from` takes over from another model."""
+"""What a run takes over from other models: the weights of `--init-from`, and the encoder of `--repa-weights`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from alignment.registry import parse_align
+from models.load import read_state
 from models.sit import SiT
 from models.vae import LatentScale
+from runtime.distributed import check_ranks_agree, run_on_rank0
+from runtime.files import sha256
 from training.config import TrainConfig
 
 
@@ -93,3 +97,37 @@ def initial_weights(
     text += "; EMA with a warm-up" if config.ema_warmup else ""
     accelerator.print(f"starting from {initial['source']} ({initial['read_as']}{text})")
     return initial
+
+
+def check_sources(config: TrainConfig, state: dict[str, Any] | None) -> str | None:
+    """SHA-256 of the file of `--repa-weights`, for the records; None where there is none.
+
+    Raises:
+        ValueError: it is not the file that the run to be resumed has used, or the one of `--init-from`, if that is
+            still there, is not the one that the run began with.
+    """
+    path = Path(config.repa_weights or "")
+    digest = sha256(path) if "repa" in parse_align(config.align) and path.is_file() else None
+    check_ranks_agree({"--repa-weights": digest})
+    if state:
+        known = state["repa_digest"] or digest
+        _refuse_other("--repa-weights", path, digest is None or digest == known, config)
+        run_on_rank0(lambda: _check_initial(config, state["initial"] or {}))
+    return digest
+
+
+def _check_initial(config: TrainConfig, initial: dict[str, Any]) -> None:
+    source = Path(initial.get("source", ""))
+    if (source / "state.json").is_file():
+        same = initial["digest"] in read_state(source)["digests"].values()
+    else:
+        same = not source.is_file() or sha256(source) == initial["digest"]
+    _refuse_other("--init-from", source, same, config)
+
+
+def _refuse_other(flag: str, path: Path, same: bool, config: TrainConfig) -> None:
+    if not same:
+        raise ValueError(
+            f"{flag}: expected the weights that the run in {config.run_dir} was trained with, found others at {path}; "
+            f"put those back, or give another --exp-name for a new run"
+        )

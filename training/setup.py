@@ -34,7 +34,7 @@ from runtime.seeding import block_generator, step_generator
 from training.checkpoint import CheckpointWriter, load_checkpoint, make_records
 from training.config import TrainConfig, settings_by
 from training.ema import EMAUpdater, decays
-from training.finetune import initial_weights, load_init_weights
+from training.finetune import check_sources, initial_weights, load_init_weights
 from training.nonfinite import StepGuard
 from training.optimizer import fix_loaded_state, make_optimizer
 from training.preemption import ignore_signals
@@ -144,7 +144,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
 
     # Records: lock, config.json, log, trackers.
     initial = initial_weights(source, state, config, accelerator, sit.config.latent_size)
-    record, state = make_records(config, store, initial, accelerator.num_processes)
+    record, state = make_records(config, store, initial, check_sources(config, state), accelerator.num_processes)
     return Run(
         config,
         accelerator,
