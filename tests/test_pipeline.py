@@ -173,7 +173,7 @@ def test_classes_that_are_not_known(labels, expected):
         ({"num_inference_steps": 0}, "num_inference_steps: expected at least 1, found 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale: expected a finite scale"),
         ({"guidance_interval": (0.5, 0.4)}, "guidance_interval: expected times"),
-        ({"seed": -1}, "seed: expected at least 0"),
+        ({"seed": -1}, "seed: expected an integer in"),
         ({"last_step_size": 0}, "last_step_size: expected a size in (0, 1)"),
         ({"last_t": 0}, "last_step_size: expected a size in (0, 1)"),
         ({"batch_size": 24}, "batch_size: expected a multiple of 16"),
