@@ -20,6 +20,7 @@ if __name__ == "__main__":
     cli.parse_early(SampleConfig, __doc__)  # answers --help and refuses wrong flags before torch is imported
 
 import datetime
+import functools
 import json
 import os
 import time
@@ -38,9 +39,9 @@ from torch import Tensor
 from evaluations.evaluator import Evaluation, Settings, describe_source
 from evaluations.images import open_images
 from evaluations.networks import load_network
-from models.load import load_sit
+from models.load import has_null_class, load_sit
 from models.sit import SiT
-from models.vae import UNKNOWN_VAE, check_vae, load_vae, vae_digest
+from models.vae import UNKNOWN_VAE, check_vae, decoder_digest, load_vae, vae_digest
 from runtime.distributed import allow_tf32, barrier, choose_device, copy_to_host_async, hold_directory, run_on_rank0
 from runtime.files import to_json, write_atomically
 from runtime.progress import Progress
@@ -82,7 +83,8 @@ def sample(config: SampleConfig, given: frozenset[str], rank: int, processes: in
             recorded = run_on_rank0(partial(read_settings, directory))
             if recorded is not None:
                 one = resume(one, given, recorded)
-            settings, classes = describe(one, sit, info, device), choose_classes(one, len(info["class_names"]))
+            settings = describe(one, sit, info, device) | identify_vae(config, info, recorded)
+            classes = choose_classes(one, len(info["class_names"]), info["classes_present"])
             if run_on_rank0(partial(is_complete, directory, settings)):
                 if rank == 0:
                     remove_partial(directory)
@@ -96,11 +98,17 @@ def sample(config: SampleConfig, given: frozenset[str], rank: int, processes: in
             allow_tf32(settings["tf32"])
             load_as = settings["compile"], settings["vae_precision"]
             if load_as != loaded_as:
-                sit = sit if loaded_as is None else load_sit(info["source"], config.ema)[0]
+                sit = sit if loaded_as is None else load_sit(info["source"], config.ema, config.checkpoint_format)[0]
                 vae, loaded_as = load_vae(info["vae"]), load_as
                 shape = settings["resolution"], settings["latent_shape"]
                 check_vae(vae, info["vae"], settings["vae_digest"], "the checkpoint", *shape)
+                drawn_by = decoder_digest(vae)
                 put_on_device(sit, vae, device, *load_as)
+            if settings["vae_decoder"] not in (None, drawn_by):
+                raise ValueError(
+                    f"--vae: expected the decoder that {directory} was begun with (digest "
+                    f"{settings['vae_decoder'][:12]}...), found another in {info['vae']} ({drawn_by[:12]}...)"
+                )
             stream = torch.cuda.Stream(device) if device.type == "cuda" else None
             generator = SampleGenerator(settings, sit, vae, info, classes, device, stream)
             if settings["batch_size"] is None:
@@ -124,24 +132,39 @@ def load_model(config: SampleConfig, checkpoint: str, rank: int) -> tuple[SiT, d
     Raises:
         ValueError: the checkpoint does not tell enough.
     """
-    sit, info = load_sit(checkpoint, config.ema)
+    sit, info = load_sit(checkpoint, config.ema, config.checkpoint_format)
     if info["scale"] is None:
         raise ValueError(
             f"--checkpoint {checkpoint}: expected a file that tells the scale of its latents, or latents of 4 "
             f"channels (the SD-VAE's), found {sit.config.in_channels} channels; fine-tune it on a store by train.py "
             f"--init-from, whose checkpoints tell it"
         )
-    if (info.get("config") or {}).get("label_dropout") == 0 and any(scale != 1 for scale in config.guidance_scale):
+    if not has_null_class(info) and any(scale != 1 for scale in config.guidance_scale):
         raise ValueError(
             f"--guidance-scale: expected 1 for {checkpoint}, which was trained with --label-dropout 0: its null "
             f"class was never trained, found {' '.join(f'{scale:g}' for scale in config.guidance_scale)}"
         )
     info["vae"] = config.vae or info["vae"]
-    if info["vae_digest"] == UNKNOWN_VAE:  # any VAE is accepted, and recorded for this set
-        info["vae_digest"] = vae_digest(load_vae(info["vae"]))
-        if rank == 0:
-            print(f"{checkpoint} does not say which VAE it was trained with: taking {info['vae']}", flush=True)
+    if info["vae_digest"] == UNKNOWN_VAE and rank == 0:  # any VAE is accepted, and recorded for each set
+        print(f"{checkpoint} does not say which VAE it was trained with: taking {info['vae']}", flush=True)
     return sit, info
+
+
+def identify_vae(config: SampleConfig, info: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str, Any]:
+    """`vae_digest` and `vae_decoder` of a set: its record's, if it was begun and the user names no VAE."""
+    told, known = info["vae_digest"] != UNKNOWN_VAE, recorded or {}
+    if recorded and told and not (config.vae and known["vae_decoder"]):
+        return {"vae_digest": info["vae_digest"], "vae_decoder": known["vae_decoder"]}
+    encoder, decoder = digests(info["vae"], known.get("vae_digest"))
+    decoder = decoder if known.get("vae_decoder", "new") else None  # older code did not record it
+    return {"vae_digest": info["vae_digest"] if told else encoder, "vae_decoder": decoder}
+
+
+@functools.cache
+def digests(vae_name: str, recorded: str | None) -> tuple[str, str]:
+    """Of a VAE, its encoder's and its decoder's."""
+    vae = load_vae(vae_name)
+    return vae_digest(vae, recorded), decoder_digest(vae)
 
 
 # The sets.

@@ -36,6 +36,9 @@ class ProbeConfig:
         "checkpoint <run>/checkpoints/<step>, or a run (its newest one), or a file of SiT's, REPA's or SRA's",
         positional=True,
     )
+    checkpoint_format: str | None = _files(
+        None, "whose file the checkpoint is, where it does not tell: sit, repa or sra", metavar="PROJECT"
+    )
     data_dir: str | None = _files(None, "latent store, whose images are measured, and shown unless --images is given")
     images: tuple[str, ...] | None = _files(
         None, "image files or directories of them, to be shown; without --data-dir also measured", metavar="PATH"
@@ -156,7 +159,7 @@ def load_network(config: ProbeConfig) -> tuple[ProbedSiT, dict[str, Any], Latent
         ValueError: there is no such checkpoint or store, they do not fit, or nothing tells the scale of the latents.
     """
     device = choose_device(config.device)
-    sit, info = load_sit(config.checkpoint)
+    sit, info = load_sit(config.checkpoint, format=config.checkpoint_format)
     total, depths = sit.config.depth, tuple(sorted(config.depths or range(1, sit.config.depth + 1)))
     distinct = depths[0] >= 1 and depths[-1] <= total and len(set(depths)) == len(depths)
     check(config, "depths", distinct, f"different blocks from 1 to {total}")

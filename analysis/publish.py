@@ -58,7 +58,7 @@ from huggingface_hub import HfApi
 
 from alignment.registry import METHODS
 from alignment.settings import AlignmentSettings
-from models.load import load_sit
+from models.load import has_null_class, load_sit
 from models.sit import SiT
 from models.vae import UNKNOWN_VAE, check_vae, hub_is_reachable, load_vae
 from reporting.log import read_log
@@ -192,6 +192,7 @@ def write_card(records: Records, name: str, include_vae: bool) -> str:
         **vars(records),
         name=name,
         include_vae=include_vae,
+        guidance=4.0 if has_null_class(info) else 1.0,
         vae_argument=info["vae"] if not include_vae and is_local(info["vae"]) else None,
         vae_digest="not recorded" if info["vae_digest"] == UNKNOWN_VAE else info["vae_digest"],
         parameters=f"{sum(parameter.numel() for parameter in records.sit.parameters()) / 1e6:.1f}M parameters",
@@ -305,6 +306,7 @@ def describe_model(records: Records, include_vae: bool) -> dict[str, Any]:
     names = "step path_type vae vae_digest resolution class_names".split()
     content = {"format": FORMAT, "format_version": VERSION} | {name: info[name] for name in names}
     content |= {"weights_sha256": info["digest"], "latent_scale": info["scale"].to_dict()}
+    content["null_class"] = has_null_class(info)
     if include_vae:
         content["vae"] = short(info["vae"])
     return records.sit.config.to_dict() | content

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from analysis.compare_config import CompareConfig
 from diffusion.interpolant import Interpolant
-from models.load import load_sit
+from models.load import has_null_class, load_sit
 from models.sit import SiT
 from models.vae import check_vae, load_vae
 from reporting.runs import Run
@@ -104,6 +104,9 @@ def draw_all(config: CompareConfig, runs: list[Run]) -> tuple[Figure, dict[str, 
     vae, rows, texts, digests = None, [], [], {}
     for step, run in itertools.product(steps, runs):
         sit, info = load_sit(run.directory / "checkpoints" / f"{step:07d}")
+        if config.guidance_scale != 1 and not has_null_class(info):
+            found = f"{run.name}, trained with --label-dropout 0: it has no null class"
+            raise ValueError(f"--guidance-scale: expected 1 for {found}, found {config.guidance_scale:g}")
         if vae is None:
             labels = choose_classes(config.classes, sit.config.num_classes)
             name = config.vae or info["vae"]

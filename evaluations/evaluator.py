@@ -190,7 +190,7 @@ class Evaluation:
     def _take_stored(self, statistics: FeatureStatistics, source: Source) -> list[str]:
         network = statistics.network
         if isinstance(source, StoredStatistics):
-            if (source.features, source.weights) != (network.name, network.digest):
+            if source.features != network.name or source.weights not in (network.digest, network.old_digest):
                 raise ValueError(
                     f"expected statistics of {network.name} features (weights {network.digest[:12]}), found those of "
                     f"{source.features} ({source.weights[:12]}) in {source.path}; fix: choose the same --features and "

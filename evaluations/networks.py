@@ -50,12 +50,14 @@ class FeatureNetwork:
         digest: SHA-256 of the weights.
         device: where images are sent.
         forward: images (B, H, W, 3) on the device -> {layer: (B, D) float32}.
+        old_digest: by which older files of statistics know it.
     """
 
     name: str
     digest: str
     device: torch.device
     forward: Callable[[Tensor], dict[str, Tensor]]
+    old_digest: str | None = None
 
     @torch.inference_mode()
     def __call__(self, images: Tensor | np.ndarray) -> dict[str, Tensor]:
@@ -374,7 +376,7 @@ def load_vae_features(name_or_path: str | None, device: Device = "cpu") -> Featu
         grid = tuple(min(side, VAE_GRID) for side in means.shape[2:])
         return {"pool": F.adaptive_avg_pool2d(means, grid).flatten(1)}  # (B, C * grid * grid)
 
-    return FeatureNetwork("vae", vae_digest(vae), torch.device(device), forward)
+    return FeatureNetwork("vae", vae_digest(vae), torch.device(device), forward, state_digest(vae.state_dict()))
 
 
 def _first_line(error: BaseException) -> str:

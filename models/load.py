@@ -12,14 +12,13 @@ Nothing is ever unpickled: weights are safetensors, and files of torch's are rea
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from models.convert import FORMATS, convert_state_dict
+from models.convert import FORMATS, convert_state_dict, read_args
 from models.sit import SiT, SiTConfig
 from models.tensor_file import load_exactly, read_tensor_file
 from models.vae import UNKNOWN_VAE, LatentScale
@@ -33,6 +32,7 @@ STATE = {  # the fields of state.json, which training/checkpoint.py writes
     ),
     # Not needed to sample: checkpoints that another program wrote may lack them.
     "config": Field(None),  # a record of its own: training/config.py
+    "classes_present": Field(None),  # those that had images in training; not known of older runs
     **dict.fromkeys(
         "data_digest initial repa_digest processes tracker_run versions git_revision machine date".split(), Field(None)
     ),
@@ -104,13 +104,14 @@ def load_weights(module: nn.Module, path: Path) -> None:
         raise ValueError(f"damaged checkpoint: {path}: {error}; use an older one") from error
 
 
-def load_sit(path: str | Path, ema: str | None = None) -> tuple[SiT, dict[str, Any]]:
+def load_sit(path: str | Path, ema: str | None = None, format: str | None = None) -> tuple[SiT, dict[str, Any]]:
     """The SiT to sample with (EMA weights), on the CPU in float32, in eval mode and frozen.
 
     Args:
         path: a checkpoint `<run>/checkpoints/<step>`; or a run's directory, whose newest checkpoint is taken; or a file
             of SiT's, REPA's or SRA's (.pt, or .safetensors).
         ema: which of a run's EMAs, by its decay, such as "0.999" or "power-0.05"; None: the first.
+        format: a key of `FORMATS`, for a file of another project's that does not tell whose it is.
 
     Returns:
         The model, and what is known of it: `source` (the directory or file), `format` (ours is "vae-repa"), `read_as`
@@ -125,13 +126,15 @@ def load_sit(path: str | Path, ema: str | None = None) -> tuple[SiT, dict[str, A
     if directory.is_file() and (directory.parent / "state.json").is_file():  # of a checkpoint of ours
         if not directory.name.startswith("ema"):
             raise ValueError(f"expected a checkpoint's directory, found a file of it; give {directory.parent}")
-        return load_sit(directory.parent, ema or directory.stem.removeprefix("ema-"))
+        return load_sit(directory.parent, ema or directory.stem.removeprefix("ema-"), format)
     if directory.is_file():
         try:
-            model, info = _load_foreign(directory)
+            model, info = _load_foreign(directory, format)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         return model.eval().requires_grad_(False), info
+    if format:
+        raise ValueError(f"--checkpoint-format: expected a file of another project, found {path}; leave it out")
     if not directory.is_dir():
         expected = "<run>/checkpoints/<step>, or a .pt or .safetensors file"
         raise ValueError(f"not a checkpoint: nothing at {path}; expected {expected}")
@@ -158,14 +161,16 @@ def load_sit(path: str | Path, ema: str | None = None) -> tuple[SiT, dict[str, A
     return model.eval().requires_grad_(False), info
 
 
-def _load_foreign(path: Path) -> tuple[SiT, dict[str, Any]]:
+def has_null_class(info: dict[str, Any]) -> bool:
+    """Whether the null class of what `load_sit` tells of was trained, by the run or before it, so that it can guide."""
+    return (info.get("config") or {}).get("label_dropout") != 0 or bool(info.get("initial"))
+
+
+def _load_foreign(path: Path, format: str | None) -> tuple[SiT, dict[str, Any]]:
     """The SiT in a file of another project's, and what the file tells."""
     content = read_tensor_file(path)
-    config, tensors, kind, notes = convert_state_dict(content)
-    args = content.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else {}
-    if str(args.get("model", "SiT")).startswith("DiT"):
-        raise ValueError(f"expected a SiT, found {args['model']}: a DiT has the same tensors, but predicts noise")
+    config, tensors, kind, notes = convert_state_dict(content, format)
+    args = read_args(content)
     path_type = FOREIGN_PATHS.get(str(args.get("path_type", "linear")).lower())
     if path_type is None or args.get("prediction", "v") not in ("v", "velocity"):
         found = f"trained to predict {args.get('prediction', 'v')} on the path {args.get('path_type')}"
@@ -183,6 +188,7 @@ def _load_foreign(path: Path) -> tuple[SiT, dict[str, Any]]:
         "vae": FOREIGN_VAES[kind],
         "vae_digest": UNKNOWN_VAE,
         "resolution": args.get("resolution") or args.get("image_size") or 8 * config.latent_size,
+        "classes_present": None,
         "class_names": [str(label) for label in range(config.num_classes)],
         "path_type": path_type,
     }

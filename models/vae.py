@@ -6,6 +6,8 @@ Shape suffixes: N batch, R image side in pixels, C latent channels, H = W latent
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,9 +129,28 @@ def load_vae(name_or_path: str, device: str | torch.device = "cpu") -> Autoencod
     return vae.to(device).eval().requires_grad_(False)
 
 
-def vae_digest(vae: AutoencoderKL) -> str:
-    """SHA-256 over the weights as float32, by sorted name."""
-    return state_digest(vae.state_dict())
+def vae_digest(vae: AutoencoderKL, recorded: str | None = None) -> str:
+    """SHA-256 of what makes the latents: the encoder's weights as float32, and what its config adds to them.
+
+    Decoders that were tuned for one encoder, such as those of sd-vae-ft-mse and sd-vae-ft-ema, share it.
+
+    Args:
+        recorded: a record's. Older ones hold the digest of all weights, without the config: if it is that of these, it
+            is what they are called by.
+    """
+    found = _part_digest(vae, ("encoder.", "quant_conv."), "down_block_types")
+    return recorded if recorded not in (None, found) and recorded == state_digest(vae.state_dict()) else found
+
+
+def decoder_digest(vae: AutoencoderKL) -> str:
+    """SHA-256 of what makes the images, as `vae_digest`."""
+    return _part_digest(vae, ("decoder.", "post_quant_conv."), "up_block_types")
+
+
+def _part_digest(vae: AutoencoderKL, prefixes: tuple[str, ...], blocks: str) -> str:
+    weights = {name: tensor for name, tensor in vae.state_dict().items() if name.startswith(prefixes)}
+    settings = [vae.config[name] for name in ("act_fn", "norm_num_groups", blocks)]
+    return hashlib.sha256(json.dumps([settings, state_digest(weights)]).encode()).hexdigest()
 
 
 def vae_factor(vae: AutoencoderKL) -> int:
@@ -145,18 +166,18 @@ def check_vae(
     resolution: int | None = None,
     latent_shape: tuple[int, int, int] | None = None,
 ) -> str:
-    """Refuse a VAE that did not make the latents; returns its digest.
+    """Refuse a VAE whose encoder did not make the latents; returns its digest.
 
     Args:
         name: where it was loaded from, for the message.
-        expected_digest: the recorded one; `UNKNOWN_VAE` accepts any weights.
+        expected_digest: the recorded one; `UNKNOWN_VAE` accepts any VAE.
         whose: what the VAE must belong to, for the message.
         resolution, latent_shape: of the images and their latents (C, H, W), which it must fit, if given.
 
     Raises:
-        ValueError: the weights are others, or its channels or its factor do not fit.
+        ValueError: the encoder is another, or its channels or its factor do not fit.
     """
-    found = vae_digest(vae)
+    found = vae_digest(vae, expected_digest)
     if expected_digest not in (found, UNKNOWN_VAE):
         raise ValueError(
             f"--vae: expected the VAE of {whose} (digest {expected_digest[:12]}...), found another in {name} "

@@ -272,7 +272,8 @@ def open_store(config: DumpConfig, source: Source, items: list[int], vae: torch.
     """
     listing = "".join(f"{source.labels[index]} {source.names[index]}\n" for index in items)
     settings = {name: getattr(config, name, None) for name in SETTINGS}
-    settings |= {"vae_digest": vae_digest(vae), "crop": "adm-center", "images": len(items)}
+    saved = recorded_settings(config.output_dir, SETTINGS) or {}
+    settings |= {"vae_digest": vae_digest(vae, saved.get("vae_digest")), "crop": "adm-center", "images": len(items)}
     settings["images_sha256"] = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
     side = config.resolution // vae_factor(vae)
     shapes = {"moments": (2 * vae.config.latent_channels, side, side)}

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,13 @@ def copy_to_host_async(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
         return [copy.numpy() for copy in copies]
 
     return wait
+
+
+def compile_each(modules: Iterable[torch.nn.Module]) -> None:
+    """torch.compile each module anew for each shape that it meets: a process may see many, of several models."""
+    torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 10_000
+    for module in modules:
+        module.compile(fullgraph=True, dynamic=False)
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -32,6 +32,9 @@ class SampleConfig:
     output_dir: str | None = _file(
         None, "directory of the result, of several their parent; by default <run>/samples/ and a name of the settings"
     )
+    checkpoint_format: str | None = _file(
+        None, "whose file the checkpoint is, where it does not tell: sit, repa or sra", metavar="PROJECT"
+    )
     ema: str | None = _file(None, "which EMA of a run, by its decay, as 0.999 or power-0.05; the first unless set")
     vae: str | None = _file(None, "hub name, local directory or file of the checkpoint's VAE, if not where it says")
     npz: bool = _file(True, "write samples.npz", record=Field(True))

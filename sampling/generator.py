@@ -23,6 +23,7 @@ from diffusion.interpolant import Interpolant
 from diffusion.samplers import sample_ode, sample_sde
 from models.sit import SiT
 from models.vae import LatentScale, decode, to_uint8
+from runtime.distributed import compile_each
 from runtime.seeding import block_generator, numpy_generator
 from sampling.config import BLOCK, SAMPLERS, SampleConfig
 
@@ -90,8 +91,7 @@ def put_on_device(
     if vae_precision == "bf16":  # its convolutions run on the GPU's matrix units, channels last
         vae.bfloat16().to(memory_format=torch.channels_last)
     if compile:  # two static shapes: a batch, and with guidance a doubled one
-        for block in sit.blocks:
-            block.compile(fullgraph=True, dynamic=False)
+        compile_each(sit.blocks)
     sit.to(device)
     vae.to(device)
 
@@ -135,14 +135,14 @@ def draw_labels(rule: str, classes: np.ndarray, seed: int, first: int, count: in
     return classes[np.concatenate(pieces)[first % period :][:count]].astype(np.int64)
 
 
-def choose_classes(config: SampleConfig, num_classes: int) -> np.ndarray:  # -> (K,) int64
-    """The classes to draw from.
+def choose_classes(config: SampleConfig, num_classes: int, present: list[int] | None) -> np.ndarray:  # -> (K,) int64
+    """The classes to draw from: unless the user names them, those that had images in training (None: all).
 
     Raises:
         ValueError: one that the model does not know, or one named twice.
     """
     if config.classes is None:
-        return np.arange(num_classes)
+        return np.arange(num_classes) if present is None else np.array(present)
     wrong = [label for label in config.classes if not 0 <= label < num_classes]
     if wrong or len(set(config.classes)) != len(config.classes):
         raise ValueError(

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 FORMAT = "vae-repa-model"  # of a published directory; written by analysis/publish.py
 VERSION = 1
-FIELDS = dict.fromkeys(PUBLISHED, Field()) | {"card_sha256": Field(None)} | fields_of(SiTConfig)
+FIELDS = dict.fromkeys(PUBLISHED, Field()) | {"card_sha256": Field(None), "null_class": Field(True)}
+FIELDS |= fields_of(SiTConfig)
 BATCH = 64  # the default of sample_ddp.py
 
 
@@ -150,9 +151,11 @@ class VAEREPAPipeline:
         low, high = guidance_interval
         whole = batch_size is None or (batch_size >= BLOCK and batch_size % BLOCK == 0)
         resolution = self.config["resolution"]
+        guides = guidance_scale == 1 or self.config["null_class"]
         one_size = f"{resolution}, the one size that this model makes (leave it out, and resize the images)"
         for name, found, holds, expected in (
             ("guidance_scale", guidance_scale, math.isfinite(guidance_scale), "a finite scale (1 is none)"),
+            ("guidance_scale", guidance_scale, guides, "1 (trained with --label-dropout 0, it has no null class)"),
             ("guidance_interval", (low, high), 0 <= low <= high <= 1, "times with 0 <= low <= high <= 1"),
             ("num_inference_steps", num_inference_steps, num_inference_steps >= 1, "at least 1"),
             ("sampler", sampler, sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),

@@ -34,7 +34,7 @@ _FACTS = (
 )
 SETTINGS = {name: fields_of(SampleConfig)[name] for name in FLAGS}
 SETTINGS |= {name: Field() for name in _FACTS.split()}
-SETTINGS["checkpoint_format"] = Field(historic="vae-repa")
+SETTINGS |= {"checkpoint_format": Field(historic="vae-repa"), "vae_decoder": Field(None)}
 # Beside the settings, which an unfinished set has alone.
 _ABOUT = "checkpoint vae class_names processes device timing versions git_revision machine date npz_sha256"
 RECORD = {"settings": Field()} | {name: Field(None) for name in ("format", "version", *_ABOUT.split())}
@@ -48,7 +48,7 @@ def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch
         sit, info: as `load_sit` gives them.
 
     Returns:
-        JSON values by the names of `SETTINGS`; `batch_size` is None if it is still to be found.
+        JSON values by the names of `SETTINGS`; `batch_size` is None if it is still to be found, as `vae_decoder` is.
     """
     on_gpu, is_sde = device.type == "cuda", config.sampler == "sde"
     precision = "bf16" if on_gpu else "no"
@@ -70,6 +70,7 @@ def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch
         "latent_scale": info["scale"].to_dict(),
         "latent_shape": (sit.config.in_channels, sit.config.latent_size, sit.config.latent_size),
         "uint8_rule": UINT8_RULE,
+        "vae_decoder": None,
         **{name: info[name] for name in ("step", "path_type", "vae_digest", "resolution")},
     }
 

@@ -47,9 +47,9 @@ def save(content, path):
     return path
 
 
-def check_equal(path, expected):
+def check_equal(path, expected, format=None):
     """The velocity of what is loaded from `path` is `expected(x, t, y)`."""
-    model, info = load_sit(path)
+    model, info = load_sit(path, format=format)
     x, t, y = inputs()
     np.testing.assert_allclose(model(x, t, y).numpy(), expected(x, t, y), rtol=1e-4, atol=1e-5)
     assert model.config == CONFIG
@@ -75,7 +75,7 @@ def test_sits_file_is_turned_in_time_and_sign(tmp_path):
     state = random_state(learn_sigma=True)
     own = sits_own(state)
     path = save(state, tmp_path / "SiT-XL-2-256x256.pt")
-    info = check_equal(path, lambda x, t, y: -own(x, 1 - t, y))
+    info = check_equal(path, lambda x, t, y: -own(x, 1 - t, y), "sit")
     assert (info["format"], info["step"], info["resolution"], info["path_type"]) == ("sit", None, 64, "linear")
     assert info["read_as"] == "SiT's file: first half of the outputs taken (learn_sigma); time reversed"
     assert (info["scale"].scale, info["scale"].shift) == ((0.18215,), (0.0,))
@@ -85,7 +85,7 @@ def test_sits_file_is_turned_in_time_and_sign(tmp_path):
 
 def test_sampling_a_sit_file_is_sits_own_integration(tmp_path):
     state = random_state(learn_sigma=True)
-    model, _ = load_sit(save(state, tmp_path / "sit.pt"))
+    model, _ = load_sit(save(state, tmp_path / "sit.pt"), format="sit")
     x, _, y = inputs()
     found = sample_ode(guided_velocity(model, y, 3, 1.0, (0.0, 1.0)), x, 4)
     own, latent = sits_own(state), x.double()
@@ -109,10 +109,49 @@ def test_a_dit_is_not_taken_for_a_sit(tmp_path):
     """The same tensors, another meaning."""
     args = argparse.Namespace(model="DiT-XL/2")
     file = save({"ema": random_state(learn_sigma=True), "args": args}, tmp_path / "dit.pt")
-    with pytest.raises(
-        ValueError, match="expected a SiT, found DiT-XL/2: a DiT has the same tensors, but predicts noise"
-    ):
+    reason = "a DiT has the same tensors, but predicts noise"
+    with pytest.raises(ValueError, match=f"expected a SiT, found DiT-XL/2: {reason}"):
         load_sit(file)
+    heads = {"ap_head.linear1.weight": torch.randn(2, 2)}  # SRA's own DiT; its SiT has one set of outputs
+    file = save({"ema": random_state(learn_sigma=True) | heads}, tmp_path / "dit-sra.pt")
+    for told in (None, "sra"):
+        with pytest.raises(ValueError, match=f"expected a SiT, found a DiT with ap_head: {reason}"):
+            load_sit(file, format=told)
+
+
+@pytest.mark.parametrize("doubled", [True, False])
+def test_a_file_that_fits_two_readings_is_read_as_the_user_says(doubled, tmp_path):
+    """Bare weights: those of a SiT with twice the outputs may be a DiT's, those with one set SiT's, REPA's or SRA's."""
+    file, state = tmp_path / "bare.pt", random_state(learn_sigma=doubled)
+    save(state, file)
+    readings = "SiT's or a DiT's" if doubled else "REPA's, SRA's, or SiT's without learn_sigma"
+    with pytest.raises(ValueError, match=f"one that may be {readings}; .* --checkpoint-format .* sit, repa, sra"):
+        load_sit(file)
+    with pytest.raises(ValueError, match="expected a format among sit, repa, sra, found dit"):
+        load_sit(file, format="dit")
+    own = sits_own(state)
+    info = check_equal(file, lambda x, t, y: -own(x, 1 - t, y), "sit")
+    assert info["read_as"].endswith("time reversed")
+    if not doubled:
+        assert check_equal(file, as_ours(state), "sra")["format"] == "sra"
+
+
+def test_a_sit_without_learn_sigma_is_told_by_the_spelling_of_its_path(tmp_path):
+    state = random_state()
+    own = sits_own(state)
+    args = argparse.Namespace(path_type="Linear", prediction="velocity", image_size=64)
+    file = save({"ema": state, "args": args}, tmp_path / "sit.pt")
+    assert check_equal(file, lambda x, t, y: -own(x, 1 - t, y))["format"] == "sit"
+    for told in ("repa", "sra"):
+        with pytest.raises(ValueError, match=f"expected a file of {told.upper()}, found the marks of SiT"):
+            load_sit(file, format=told)
+    with pytest.raises(ValueError, match="found the marks of REPA and SiT"):
+        load_sit(save({"ema": state | {"projectors.0.w": torch.ones(1)}, "args": args}, tmp_path / "both.pt"))
+
+
+def test_the_format_of_a_checkpoint_of_ours_is_known(tmp_path):
+    with pytest.raises(ValueError, match="--checkpoint-format: expected a file of another project, found "):
+        load_sit(tmp_path, format="sit")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -149,24 +188,25 @@ def test_prefixes_of_wrappers_are_taken_off(prefix, tmp_path):
         prefix + (name.replace("blocks.3.", "blocks.3._orig_mod.") if name.startswith("blocks.3.") else name): value
         for name, value in state.items()
     }
-    check_equal(save({"state_dict": inner}, tmp_path / "a.pt"), as_ours(state))
+    check_equal(save({"state_dict": inner}, tmp_path / "a.pt"), as_ours(state), "repa")
     save_file({name: value.contiguous() for name, value in inner.items()}, tmp_path / "a.safetensors")
-    assert load_sit(tmp_path / "a.safetensors")[1]["read_as"] == "REPA's file"
+    assert load_sit(tmp_path / "a.safetensors", format="repa")[1]["read_as"] == "REPA's file"
 
 
 def test_files_of_the_time_before_zip_archives_and_half_precision(tmp_path):
     state = {name: value.half() for name, value in random_state().items()}
     torch.save({"ema": state}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    model, _ = load_sit(tmp_path / "old.pt")
+    model, _ = load_sit(tmp_path / "old.pt", format="sra")
     assert torch.equal(model.blocks[2].mlp.fc1.weight, state["blocks.2.mlp.fc1.weight"].float())
 
 
 def test_latents_of_other_channels_load_without_a_scale(tmp_path):
     sit = SiT(SiTConfig.from_name("SiT-Ti/1", latent_size=4, in_channels=32, num_classes=3))
-    _, info = load_sit(save(sit.state_dict(), tmp_path / "a.pt"))
+    _, info = load_sit(save(sit.state_dict(), tmp_path / "a.pt"), format="repa")
     assert info["scale"] is None
+    flags = ["--checkpoint-format", "repa", "--num-samples", "16", "--device", "cpu"]
     with pytest.raises(ValueError, match=r"expected a file that tells the scale.*found 32 channels.*--init-from"):
-        sample_ddp.main(["--checkpoint", str(tmp_path / "a.pt"), "--num-samples", "16", "--device", "cpu"])
+        sample_ddp.main(["--checkpoint", str(tmp_path / "a.pt"), *flags])
 
 
 class Dangerous:

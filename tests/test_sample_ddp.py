@@ -27,8 +27,10 @@ from diffusion.samplers import guided_velocity, sample_sde
 from evaluations import evaluate
 from models.load import load_sit
 from models.sit import SiT, SiTConfig
-from models.vae import LatentScale, decode_images, load_vae, vae_digest
+from models.tensor_file import state_digest
+from models.vae import LatentScale, decode_images, decoder_digest, load_vae, vae_digest
 from runtime import cli
+from runtime.files import read_checksummed_json, to_checksummed_json, to_json
 from runtime.seeding import block_generator
 from sampling import writer
 from sampling.config import BLOCK, SampleConfig
@@ -44,7 +46,7 @@ class Stopped(Exception):
     """In place of a kill."""
 
 
-def make_checkpoint(folder, change=lambda sit: None, num_classes=K):
+def make_checkpoint(folder, change=lambda sit: None, num_classes=K, **facts):
     """A run with one checkpoint of a small SiT, none of whose weights is zero, and its VAE."""
     vae = make_vae(folder / "vae")
     torch.manual_seed(0)
@@ -61,7 +63,7 @@ def make_checkpoint(folder, change=lambda sit: None, num_classes=K):
         "class_names": [f"class {k}" for k in range(num_classes)],
         "path_type": "linear",
     }
-    return save_checkpoint(folder / "run", 7, sit, sit, None, info)
+    return save_checkpoint(folder / "run", 7, sit, sit, None, info | facts)
 
 
 @pytest.fixture(scope="module")
@@ -493,6 +495,56 @@ def test_the_same_vae_elsewhere_is_taken(checkpoint, whole, tmp_path):
     moved = make_vae(tmp_path / "moved")
     draw(checkpoint, tmp_path / "out", vae=moved)
     assert same_npz(tmp_path / "out", whole)
+
+
+def other_decoder(path, checkpoint):
+    """The checkpoint's VAE with another decoder."""
+    vae = load_vae(load_sit(checkpoint)[1]["vae"])
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 0.1
+    vae.save_pretrained(path)
+    return path
+
+
+def test_another_decoder_of_the_same_encoder_is_taken_and_recorded(checkpoint, whole, tmp_path, capsys):
+    """As sd-vae-ft-ema decodes latents of sd-vae-ft-mse."""
+    other = other_decoder(tmp_path / "other", checkpoint)
+    images, _ = draw(checkpoint, tmp_path / "out", vae=other)
+    with np.load(whole / "samples.npz") as archive:
+        assert np.abs(images.astype(int) - archive["arr_0"]).mean() > 5
+    first, second = (json.loads((path / "samples.json").read_text())["settings"] for path in (whole, tmp_path / "out"))
+    assert first["vae_digest"] == second["vae_digest"]
+    assert second["vae_decoder"] == decoder_digest(load_vae(str(other))) != first["vae_decoder"]
+    # A set is finished by the decoder that it was begun with.
+    assert "vae_decoder" in refused(capsys, arguments(checkpoint, whole, vae=other))
+    draw(checkpoint, whole)
+    draw(checkpoint, tmp_path / "out", vae=other)
+
+
+def test_a_set_that_older_code_began_is_finished_whatever_its_decoder(checkpoint, whole, tmp_path):
+    """It recorded all weights in one digest."""
+    shutil.copytree(whole, tmp_path / "old")
+    vae = load_vae(load_sit(checkpoint)[1]["vae"])
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint.parent.parent, run)
+    file = run / "checkpoints" / checkpoint.name / "state.json"
+    state = read_checksummed_json(file) | {"vae_digest": state_digest(vae.state_dict())}
+    file.write_text(to_checksummed_json(state))
+    record = json.loads((tmp_path / "old" / "samples.json").read_text())
+    record["settings"]["vae_digest"] = state["vae_digest"]
+    del record["settings"]["vae_decoder"]
+    (tmp_path / "old" / "samples.json").write_text(to_json(record))
+    before = (tmp_path / "old" / "samples.npz").stat().st_mtime_ns
+    draw(run / "checkpoints" / checkpoint.name, tmp_path / "old")
+    assert (tmp_path / "old" / "samples.npz").stat().st_mtime_ns == before
+
+
+def test_labels_are_of_the_classes_that_the_store_had(tmp_path, capsys):
+    checkpoint = make_checkpoint(tmp_path, classes_present=[1, 3])
+    _, labels = draw(checkpoint, tmp_path / "out")
+    assert set(labels) == {1, 3}
+    _, labels = draw(checkpoint, tmp_path / "told", classes=(0, 1))
+    assert set(labels) == {0, 1}
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):

@@ -6,11 +6,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from models.tensor_file import state_digest
 from models.vae import (
     UNKNOWN_VAE,
     LatentScale,
     check_vae,
     decode_images,
+    decoder_digest,
     encode_moments,
     load_vae,
     scale_from_config,
@@ -76,6 +78,34 @@ def test_loaded_vaes_are_frozen_and_told_apart_by_their_weights(folder, tmp_path
     with torch.no_grad():
         vae.encoder.conv_in.bias[0] += 1e-6
     assert vae_digest(vae) != digest
+
+
+def test_a_vae_has_a_digest_of_its_encoder_and_one_of_its_decoder(folder):
+    """The encoder's tells whose latents they are, so that another decoder may be taken; each knows its config."""
+    vae = load_vae(str(folder))
+    before = vae_digest(vae), decoder_digest(vae)
+    for prefix, changed in (("decoder.", 1), ("post_quant_conv.", 1), ("encoder.", 0), ("quant_conv.", 0)):
+        other = load_vae(str(folder))
+        with torch.no_grad():
+            next(tensor for name, tensor in other.state_dict().items() if name.startswith(prefix)).add_(1e-6)
+        found = vae_digest(other), decoder_digest(other)
+        assert found[changed] != before[changed]
+        assert found[1 - changed] == before[1 - changed]
+    for setting, value in (("act_fn", "relu"), ("norm_num_groups", 4)):
+        other = load_vae(str(folder))
+        other.register_to_config(**{setting: value})
+        assert vae_digest(other) != before[0]
+        assert decoder_digest(other) != before[1]
+
+
+def test_records_of_older_code_know_a_vae_by_all_its_weights(folder):
+    vae = load_vae(str(folder))
+    old = state_digest(vae.state_dict())
+    assert check_vae(vae, "x", old) == old
+    with torch.no_grad():
+        vae.encoder.conv_in.bias[0] += 1e-6
+    with pytest.raises(ValueError, match="expected the VAE of the checkpoint"):
+        check_vae(vae, "x", old)
 
 
 def test_another_vae_than_the_recorded_one_is_refused(folder):

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -60,6 +61,7 @@ def make_records(
         groups.setdefault(field.metadata["group"], []).append(field.name)
     from_store = {name: store.meta[name] for name in ("vae", "vae_digest", "resolution", "class_names")}
     from_store |= {"scale": store.scale.to_dict(), "path_type": config.path_type}
+    from_store["classes_present"] = np.unique(store.labels).tolist()
     return settings | {"groups": groups}, settings | from_store
 
 

@@ -42,6 +42,9 @@ class RunSettings:
     exp_name: str | None = _run(None, "name of this run; by default made of model and alignment", on_resume="free")
     resume: bool = _run(True, "resume from the newest checkpoint if the run's directory has one", on_resume="free")
     init_from: str | None = _run(None, "start from these weights: our checkpoint or run, a file of SiT, REPA, SRA")
+    init_format: str | None = _run(
+        None, "whose file --init-from is, where it does not tell: sit, repa or sra", on_resume="free", metavar="PROJECT"
+    )
     init_classes: str | None = _run(None, 'JSON file {"our class": "their class"}: rows that --init-from gives')
     seed: int = _run(0, "seed of the initial weights and of every draw")
 

@@ -27,7 +27,7 @@ from models.sit import SiT, SiTConfig
 from models.vae import UNKNOWN_VAE, LatentScale, check_vae, load_vae
 from reporting.log import RunLog
 from runtime.cli import check
-from runtime.distributed import allow_tf32, check_ranks_agree, run_on_rank0
+from runtime.distributed import allow_tf32, check_ranks_agree, compile_each, run_on_rank0
 from runtime.files import full_disk_is_an_error, sha256, to_json, write_atomically
 from runtime.loading import loading
 from runtime.seeding import block_generator, step_generator
@@ -123,14 +123,14 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     vae = load_grid_vae(config, store, accelerator) if config.sampling_steps else None
 
     # The networks. SiT, EMAs and heads are functions of the seed or of --init-from, until a checkpoint is loaded.
-    source = load_sit(config.init_from) if config.init_from and not state else None
+    source = load_sit(config.init_from, format=config.init_format) if config.init_from and not state else None
     sit = build_sit(config, store, source).to(accelerator.device)
     emas = {name: copy.deepcopy(sit).eval().requires_grad_(False) for name in decays(config)}
     sit.checkpoint_every = config.grad_checkpoint
     methods = build_methods(config, store, sit, emas["ema"], accelerator)
     model = AlignedSiT(sit, make_heads(config, methods)).to(accelerator.device)
-    for module in [*sit.blocks, *model.heads.values()] if config.compile else ():
-        module.compile(fullgraph=True, dynamic=False)
+    if config.compile:
+        compile_each([*sit.blocks, *model.heads.values()])
 
     # What changes with every step.
     optimizer = make_optimizer(config, model.parameters())
