@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-9  # of a time that falls on an end of the interval: both ends belong to it
-Velocity = Callable[[Tensor, float], Tensor]  # (x (N, ...) float64, t) -> (N, ...)
+Velocity = Callable[..., Tensor]  # (x (N, ...) float64, t) -> (N, ...); see `guided_velocity` for a third argument
 
 
 def guided_velocity(
@@ -42,7 +42,8 @@ def guided_velocity(
             whatever autocast the caller has.
 
     Returns:
-        A function of (x (N, C, H, W), t float) that gives the velocity (N, C, H, W) float64.
+        A function of (x (N, C, H, W), t float) that gives the velocity (N, C, H, W) float64. A third argument, a time,
+        is looked up in the interval instead of t.
 
     Raises:
         ValueError: scale or interval out of range.
@@ -62,8 +63,9 @@ def guided_velocity(
         with torch.autocast(x.device.type, autocast) if autocast else nullcontext():
             return model(x.float(), t, y).double()
 
-    def velocity(x: Tensor, t: float) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
-        if scale == 1 or not low - ROUNDING <= t <= high + ROUNDING:
+    def velocity(x: Tensor, t: float, gate: float | None = None) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
+        gate = t if gate is None else gate
+        if scale == 1 or not low - ROUNDING <= gate <= high + ROUNDING:
             return network(x, t, y)
         v_class, v_null = network(torch.cat([x, x]), t, y_both).chunk(2)
         return v_null + scale * (v_class - v_null)

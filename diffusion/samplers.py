@@ -32,17 +32,21 @@ def _times(start: float, end: float, count: int) -> list[float]:
 
 
 @torch.no_grad()
-def sample_ode(velocity: Velocity, x: Tensor, num_steps: int, heun: bool = False) -> Tensor:  # (N, ...) -> (N, ...)
+def sample_ode(
+    velocity: Velocity, x: Tensor, num_steps: int, heun: bool = False, repa: bool = False
+) -> Tensor:  # (N, ...) -> (N, ...)
     """Solve dy = v(y, t) dt (Eq. 2) from t = 1 to t = 0 in equal steps.
 
     Euler has order 1 and takes `num_steps` evaluations of the velocity. Heun has order 2 and takes 2 num_steps: the
-    velocity exists at both ends of the path, so its last step needs no exception.
+    velocity exists at both ends of the path, so its last step needs no exception. REPA's Heun makes one, and takes
+    2 num_steps - 1; both evaluations of a step are guided if its first time lies in the interval of guidance.
 
     Args:
         velocity: called with the state (N, ...) float64 and t as a float.
         x: standard normal noise (N, ...), any floating type.
         num_steps: steps, at least 1.
         heun: correct each Euler step by the velocity where it leads.
+        repa: but for the last step, and with the step's first time as a third argument of that velocity: REPA's code.
 
     Returns:
         The samples (N, ...), float64.
@@ -57,8 +61,9 @@ def sample_ode(velocity: Velocity, x: Tensor, num_steps: int, heun: bool = False
         dt = t_next - t  # negative
         v = velocity(x, t).double()
         x_next = x + dt * v
-        if heun:
-            x_next = x + dt * 0.5 * (v + velocity(x_next, t_next).double())
+        if heun and not (repa and t_next == 0):
+            v_next = velocity(x_next, t_next, t) if repa else velocity(x_next, t_next)
+            x_next = x + dt * 0.5 * (v + v_next.double())
         x = x_next
     return x
 

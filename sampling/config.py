@@ -10,7 +10,7 @@ from runtime.cli import REQUIRED, check, flag
 from runtime.files import Field
 
 BLOCK = 16  # images that share a generator of noise; part of what determines the images
-SAMPLERS = ("sde", "ode-euler", "ode-heun")
+SAMPLERS = ("sde", "ode-euler", "ode-heun", "ode-heun-repa")
 LABELS, PRECISIONS = ("random", "balanced"), ("no", "bf16")
 NEIGHBOURS = 3  # of precision and recall, as in the ADM suite
 LARGEST_BATCH, CPU_BATCH = 256, 64  # of --per-proc-batch-size auto
@@ -53,7 +53,7 @@ class SampleConfig:
     classes: tuple[int, ...] | None = _set(None, "draw these classes only, by number", metavar="CLASS")
     seed: int = _set(0, "seed of noise and labels")
 
-    sampler: str = _solver("sde", "solver: SDE by Euler-Maruyama, ODE by Euler or Heun", choices=SAMPLERS)
+    sampler: str = _solver("sde", "solver: SDE by Euler-Maruyama, ODE by Euler, Heun or REPA's Heun", choices=SAMPLERS)
     num_steps: int = _solver(250, "steps; each costs one evaluation of the network (ode-heun: two)")
     last_step_size: float = _solver(
         0.04, "sde: size of the last step, without noise, to t = 0", aliases=("--last-t",), record=_LAST_STEP_SIZE

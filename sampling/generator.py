@@ -63,8 +63,8 @@ def sample_latents(
     velocity = guided_velocity(sit, y, sit.config.num_classes, guidance_scale, guidance_interval, autocast)
     if sampler == "sde":
         return sample_sde(velocity, noise(), num_steps, noise, interpolant, last_step_size)
-    if sampler in ("ode-euler", "ode-heun"):
-        return sample_ode(velocity, noise(), num_steps, heun=sampler == "ode-heun")
+    if sampler in ("ode-euler", "ode-heun", "ode-heun-repa"):
+        return sample_ode(velocity, noise(), num_steps, heun="heun" in sampler, repa="repa" in sampler)
     raise ValueError(f"expected a sampler among {', '.join(SAMPLERS)} (--sampler), found {sampler!r}")
 
 

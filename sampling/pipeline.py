@@ -136,7 +136,7 @@ class VAEREPAPipeline:
             guidance_scale: v_null + scale (v_class - v_null): 1 is no guidance.
             guidance_interval: times at which to guide, both included: t = 1 is noise, t = 0 is data.
             num_inference_steps: steps; each costs one evaluation of the network (ode-heun: two).
-            sampler: "sde", "ode-euler" or "ode-heun".
+            sampler: one of `sampling.config.SAMPLERS`.
             seed: of the noise.
             last_step_size: sde: size of the last step, which has no noise; it ends at t = 0.
             batch_size: images at once, a multiple of 16; by default 64, or fewer if fewer are asked for.

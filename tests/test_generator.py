@@ -43,7 +43,7 @@ def test_latents_are_those_of_the_named_solver(sit, sampler):
     if sampler == "sde":
         expected = sample_sde(velocity, draw(), 3, draw, PATH, 0.1)
     else:
-        expected = sample_ode(velocity, draw(), 3, heun=sampler == "ode-heun")
+        expected = sample_ode(velocity, draw(), 3, heun=sampler != "ode-euler", repa=sampler == "ode-heun-repa")
     assert torch.equal(z, expected)
     assert z.dtype == torch.float64
     assert not torch.equal(z, sample_latents(sit, y, noise(), sampler, 3, PATH, 2.5, (0.1, 0.9), 0.1, torch.bfloat16))
@@ -51,7 +51,7 @@ def test_latents_are_those_of_the_named_solver(sit, sampler):
 
 @pytest.mark.parametrize("sampler", ["euler", "SDE", "", "ode-rk4"])
 def test_an_unknown_sampler_is_refused(sit, sampler):
-    with pytest.raises(ValueError, match=f"expected a sampler among sde, ode-euler, ode-heun .*found '{sampler}'"):
+    with pytest.raises(ValueError, match=f"expected a sampler among sde, ode-euler, ode-heun, .*found '{sampler}'"):
         sample_latents(sit, torch.zeros(BLOCK, dtype=torch.int64), noise(), sampler, 3, PATH)
 
 

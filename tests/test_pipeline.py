@@ -78,7 +78,7 @@ print(*sorted(str(file) for file in ours if ".venv" not in file.parts))
 
 
 @pytest.mark.parametrize("guidance", [{}, {"scale": 2.5}, {"scale": 2.0, "low": 0.2, "high": 0.8}])
-@pytest.mark.parametrize("sampler, steps", [("sde", 4), ("ode-heun", 2), ("ode-euler", 3)])
+@pytest.mark.parametrize("sampler, steps", [("sde", 4), ("ode-heun", 2), ("ode-euler", 3), ("ode-heun-repa", 2)])
 def test_images_are_those_of_sample_ddp(checkpoint, pipe, tmp_path, sampler, steps, guidance):
     """40 images in batches of 32: the second is filled up with labels of which the pipeline knows nothing."""
     flags = f"--checkpoint {checkpoint} --output-dir {tmp_path / 'drawn'} --num-samples 40 --per-proc-batch-size 32"
@@ -169,7 +169,7 @@ def test_classes_that_are_not_known(labels, expected):
     [
         ({"height": 512}, "height: expected 16, the one size that this model makes"),
         ({"width": 8}, "width: expected 16"),
-        ({"sampler": "ddim"}, "sampler: expected one of sde, ode-euler, ode-heun, found ddim"),
+        ({"sampler": "ddim"}, "sampler: expected one of sde, ode-euler, ode-heun, "),
         ({"num_inference_steps": 0}, "num_inference_steps: expected at least 1, found 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale: expected a finite scale"),
         ({"guidance_interval": (0.5, 0.4)}, "guidance_interval: expected times"),

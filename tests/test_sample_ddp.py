@@ -388,6 +388,7 @@ def test_a_process_that_fails_ends_them_all(tmp_path):
         {"seed": 1},
         {"sampler": "ode-euler"},
         {"sampler": "ode-heun"},
+        {"sampler": "ode-heun-repa"},
         {"num_steps": 4},
         {"last_step_size": 0.1},
         {"guidance_scale": 1.0},
@@ -423,13 +424,16 @@ def test_each_sampler_is_its_solver_and_all_begin_with_the_same_noise(checkpoint
 
         return solve
 
-    for sampler, solver in (("sde", "sample_sde"), ("ode-euler", "sample_ode"), ("ode-heun", "sample_ode")):
+    ode = dict.fromkeys(("ode-euler", "ode-heun", "ode-heun-repa"), "sample_ode")
+    for sampler, solver in {"sde": "sample_sde", **ode}.items():
         with monkeypatch.context() as patched:
             patched.setattr(sampling.generator, solver, spy(sampler))
             draw(checkpoint, tmp_path / sampler, num_samples=16, sampler=sampler)
-    assert options == {"sde": (3, {}), "ode-euler": (3, {"heun": False}), "ode-heun": (3, {"heun": True})}
-    assert torch.equal(starts["sde"], starts["ode-euler"])
-    assert torch.equal(starts["sde"], starts["ode-heun"])
+    assert options["sde"] == (3, {})
+    assert options["ode-euler"] == (3, {"heun": False, "repa": False})
+    assert options["ode-heun"] == (3, {"heun": True, "repa": False})
+    assert options["ode-heun-repa"] == (3, {"heun": True, "repa": True})
+    assert all(torch.equal(starts["sde"], start) for start in starts.values())
 
 
 def test_the_same_command_on_a_whole_folder_changes_nothing(checkpoint, whole, capsys):

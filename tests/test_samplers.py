@@ -72,6 +72,47 @@ def test_ode_evaluations_are_where_the_docstring_says():
     assert times == [1.0, 0.5, 0.5, 0.0]
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("steps", [1, 7])
+def test_repas_heun_leaves_the_last_step_to_euler(path, steps):
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    data, gates = GaussianData(path), []
+
+    def velocity(y, t, gate=None):
+        gates.append((t, gate))
+        return data.velocity(y, t)
+
+    y = x
+    for k in range(steps):
+        t, s = 1 - k / steps, 1 - (k + 1) / steps
+        slope = data.velocity(y, t)
+        ahead = y + (s - t) * slope
+        y = ahead if k == steps - 1 else y + (s - t) * (slope + data.velocity(ahead, s)) / 2
+    z = sample_ode(velocity, x, steps, heun=True, repa=True)
+    torch.testing.assert_close(z, y, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(z, sample_ode(velocity, x, steps, heun=True))
+    assert len(gates[: 2 * steps - 1]) == 2 * steps - 1
+    for k, (t, gate) in enumerate(gates[: 2 * steps - 1]):  # first and second evaluations by turns
+        assert t == pytest.approx(1 - (k // 2 + k % 2) / steps)
+        assert gate == (gates[k - 1][0] if k % 2 else None)
+
+
+def test_repas_heun_guides_a_step_by_its_first_time():
+    """Steps from 1, 0.75, 0.5, 0.25; guidance on [0.5, 0.75]: the second evaluation follows the first."""
+    sizes = []
+
+    def model(x, t, y):
+        sizes.append((t[0].item(), len(x)))
+        return x
+
+    velocity = guided_velocity(model, torch.zeros(1, dtype=torch.long), 1, 2.0, (0.5, 0.75))
+    sample_ode(velocity, torch.ones(1, 1, 1, 1), 4, heun=True, repa=True)
+    assert sizes == [(1.0, 1), (0.75, 1), (0.75, 2), (0.5, 2), (0.5, 2), (0.25, 2), (0.25, 1)]
+    sizes.clear()
+    sample_ode(velocity, torch.ones(1, 1, 1, 1), 4, heun=True)
+    assert sizes == [(1, 1), (0.75, 2), (0.75, 2), (0.5, 2), (0.5, 2), (0.25, 1), (0.25, 1), (0, 1)]
+
+
 def exact_moments(path, num_steps, last_step_size):
     """Mean and variance of the SDE sampler's output on Gaussian data, with no random numbers.
 
