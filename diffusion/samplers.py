@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,10 +21,24 @@ from torch import Tensor
 from diffusion.guidance import Velocity, guided_velocity  # noqa: F401 (the public name is of this module)
 from diffusion.interpolant import Interpolant
 
+LINEAR = Interpolant("linear")
+DIFFUSIONS = {  # SiT's forms of w_t / 2, of (t, norm, path)
+    "constant": lambda t, norm, path: norm,
+    "SBDM": lambda t, norm, path: norm * path.b(t) * (path.db(t) - path.da(t) * path.b(t) / path.a(t)),
+    "sigma": lambda t, norm, path: norm * path.b(t),
+    "linear": lambda t, norm, path: norm * t,
+    "decreasing": lambda t, norm, path: (1 - norm * math.cos(math.pi * t)) ** 2 / 4,
+    "increasing-decreasing": lambda t, norm, path: norm * math.sin(math.pi * t) ** 2,
+}
+LAST_STEPS = ("none", "mean", "tweedie", "euler")
+SBDM_START = 1e-3  # 1 - t of its first step; SiT's sample_eps of the paths where one is needed
 
-def _check_steps(num_steps: int) -> None:
-    if num_steps < 1:
-        raise ValueError(f"expected at least 1 step of the solver (--num-steps), found {num_steps}")
+
+def _check_steps(num_steps: int, least: int = 1) -> None:
+    if num_steps < least:
+        raise ValueError(
+            f"expected at least {least} step{'s' * (least > 1)} of the solver (--num-steps), found {num_steps}"
+        )
 
 
 def _times(start: float, end: float, count: int) -> list[float]:
@@ -76,6 +91,9 @@ def sample_sde(
     noise: Callable[[int], Tensor],
     interpolant: Interpolant,
     last_step_size: float = 0.04,
+    diffusion_form: str = "linear",
+    diffusion_norm: float = 1.0,
+    last_step: str = "mean",
 ) -> Tensor:  # (N, ...) -> (N, ...)
     """Solve the reverse SDE by Euler-Maruyama from t = 1 to t = `last_step_size`, then step to t = 0 without noise.
 
@@ -84,8 +102,8 @@ def sample_sde(
         dy = (v(y, t) - w_t s(y, t) / 2) dt + sqrt(w_t) dW,    t falling,
 
     has the densities of the ODE at every t: as dt < 0, its score term is the Langevin drift +w_t s / 2 |dt| that
-    balances the noise. w_t = 2t and the score s by Eq. 6, for any path: the sampler of SiT and REPA ("SDE
-    Euler-Maruyama, 250 steps").
+    balances the noise. The score s is that of Eq. 6, for any path, and w_t = 2t unless another of SiT's forms is named:
+    the sampler of SiT and REPA ("SDE Euler-Maruyama, 250 steps").
 
     Args:
         velocity: called with the state (N, ...) float64 and t as a float, `num_steps` times in all.
@@ -94,29 +112,57 @@ def sample_sde(
         noise: called with the step, 0 to num_steps - 2 in this order; gives standard normal numbers (N, ...).
         interpolant: the path the velocity was trained on.
         last_step_size: the t at which the last step begins, in (0, 1): the score grows without bound towards t = 0.
+        diffusion_form, diffusion_norm: of w_t, as in `diffusion`. "SBDM" is infinite at t = 1: there it begins at
+            1 - `SBDM_START`, as SiT's `sample_eps` does.
+        last_step: one of SiT's. "mean": by the drift. "euler": by the velocity. "tweedie": the mean of the data given
+            the state, (y + b^2 s) / a. "none": the last of the steps with noise ends at t = 0, and is the last; it
+            takes at least 2 steps, evaluates the velocity num_steps - 1 times, and `last_step_size` is not used.
 
     Returns:
         The samples (N, ...), float64.
 
     Raises:
-        ValueError: fewer than 1 step, or `last_step_size` not in (0, 1).
+        ValueError: fewer than 1 step (2 without a last step), unknown names, or `last_step_size` not in (0, 1).
     """
-    _check_steps(num_steps)
+    _check_steps(num_steps, 2 if last_step == "none" else 1)
+    if last_step not in LAST_STEPS:
+        raise ValueError(f"expected one of {', '.join(LAST_STEPS)} (--last-step), found {last_step!r}")
     if not 0 < last_step_size < 1:
         raise ValueError(f"expected a last step of the SDE in (0, 1) (--last-step-size), found {last_step_size}")
     x = x.double()
+    w = partial(diffusion, form=diffusion_form, norm=diffusion_norm, interpolant=interpolant)
 
     def drift(x: Tensor, t: float) -> Tensor:  # (N, ...) -> (N, ...)
         v = velocity(x, t).double()
-        return v - 0.5 * diffusion(t) * interpolant.score(v, x, t)
+        return v - 0.5 * w(t) * interpolant.score(v, x, t)
 
-    times = _times(1.0, last_step_size, num_steps)
+    start = 1.0 - SBDM_START if diffusion_form == "SBDM" else 1.0
+    times = _times(start, 0.0 if last_step == "none" else last_step_size, num_steps)
     for step, (t, t_next) in enumerate(itertools.pairwise(times)):
         dt = t_next - t  # negative
-        x = x + dt * drift(x, t) + math.sqrt(diffusion(t) * -dt) * noise(step).double()
-    return x - times[-1] * drift(x, times[-1])
+        x = x + dt * drift(x, t) + math.sqrt(w(t) * -dt) * noise(step).double()
+    t = times[-1]
+    if last_step == "none":
+        return x
+    if last_step == "mean":
+        return x - t * drift(x, t)
+    v = velocity(x, t).double()
+    if last_step == "euler":
+        return x - t * v
+    return (x + interpolant.b(t) ** 2 * interpolant.score(v, x, t)) / interpolant.a(t)
 
 
-def diffusion(t: float) -> float:
-    """w_t of the reverse SDE, as in SiT ("linear") and REPA."""
-    return 2 * t
+def diffusion(t: float, form: str = "linear", norm: float = 1.0, interpolant: Interpolant = LINEAR) -> float:
+    """w_t >= 0 of the reverse SDE, t in (0, 1): twice what SiT calls the diffusion, whose time is 1 - t.
+
+    Args:
+        form: one of `DIFFUSIONS`; "linear" is REPA's.
+        norm: a positive factor; of "decreasing" that of the cosine.
+        interpolant: read by "SBDM" (the diffusion of the forward SDE that has this path) and "sigma".
+
+    Raises:
+        ValueError: unknown form.
+    """
+    if form not in DIFFUSIONS:
+        raise ValueError(f"expected one of {', '.join(DIFFUSIONS)} (--diffusion-form), found {form!r}")
+    return 2 * DIFFUSIONS[form](t, norm, interpolant)

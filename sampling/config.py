@@ -11,6 +11,10 @@ from runtime.files import Field
 
 BLOCK = 16  # images that share a generator of noise; part of what determines the images
 SAMPLERS = ("sde", "ode-euler", "ode-heun", "ode-heun-repa")
+DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
+LAST_STEPS = ("none", "mean", "tweedie", "euler")
+# Settings that are keyword arguments of a sampler, and have no effect on the others.
+SAMPLER_OPTIONS = {"sde": ("diffusion_form", "diffusion_norm", "last_step")}
 LABELS, PRECISIONS = ("random", "balanced"), ("no", "bf16")
 NEIGHBOURS = 3  # of precision and recall, as in the ADM suite
 LARGEST_BATCH, CPU_BATCH = 256, 64  # of --per-proc-batch-size auto
@@ -58,6 +62,13 @@ class SampleConfig:
     last_step_size: float = _solver(
         0.04, "sde: size of the last step, without noise, to t = 0", aliases=("--last-t",), record=_LAST_STEP_SIZE
     )
+    diffusion_form: str = _solver(
+        "linear", "sde: SiT's form of the diffusion; linear is REPA's", choices=DIFFUSION_FORMS
+    )
+    diffusion_norm: float = _solver(1.0, "sde: factor of the diffusion; in decreasing that of its cosine")
+    last_step: str = _solver(
+        "mean", "sde: the last step, by the drift (mean), Tweedie's formula, the velocity (euler)", choices=LAST_STEPS
+    )
     guidance_scale: tuple[float, ...] = _solver(
         (1.0,), "v_null + scale (v_class - v_null): 1 is none; several: a set each"
     )
@@ -79,6 +90,9 @@ class SampleConfig:
         whole = size == "auto" or (size.isdigit() and int(size) >= BLOCK and int(size) % BLOCK == 0)
         check(self, "per_proc_batch_size", whole, f"a multiple of {BLOCK} (one block of images), or auto")
         check(self, "last_step_size", 0 < self.last_step_size < 1, "a size in (0, 1)")
+        check(self, "diffusion_norm", 0 < self.diffusion_norm < float("inf"), "a positive number")
+        lone = self.sampler == "sde" and self.last_step == "none" and self.num_steps == 1
+        check(self, "num_steps", not lone, "at least 2 beside --last-step none")
         check(self, "guidance_scale", all(abs(k) < float("inf") for k in self.guidance_scale), "finite scales")
         lows, highs = len(self.guidance_low), len(self.guidance_high)
         check(self, "guidance_high", lows == highs or 1 in (lows, highs), f"as many times as --guidance-low ({lows})")

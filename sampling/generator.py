@@ -25,7 +25,7 @@ from models.sit import SiT
 from models.vae import LatentScale, decode, to_uint8
 from runtime.distributed import compile_each
 from runtime.seeding import block_generator, numpy_generator
-from sampling.config import BLOCK, SAMPLERS, SampleConfig
+from sampling.config import BLOCK, SAMPLER_OPTIONS, SAMPLERS, SampleConfig
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -43,6 +43,7 @@ def sample_latents(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     last_step_size: float = 0.04,
     autocast: torch.dtype | None = None,
+    **options: Any,
 ) -> Tensor:  # (N,) -> (N, C, H, W) float64
     """Draw latents at t = 0, scaled as the model was trained with.
 
@@ -56,13 +57,14 @@ def sample_latents(
         interpolant: the path the model was trained on.
         guidance_scale, guidance_interval, autocast: as in `guided_velocity`.
         last_step_size: as in `sample_sde`; of no effect on the other samplers.
+        options: further arguments of the solver; `SAMPLER_OPTIONS` has their names.
 
     Raises:
         ValueError: unknown sampler, or a setting out of range.
     """
     velocity = guided_velocity(sit, y, sit.config.num_classes, guidance_scale, guidance_interval, autocast)
     if sampler == "sde":
-        return sample_sde(velocity, noise(), num_steps, noise, interpolant, last_step_size)
+        return sample_sde(velocity, noise(), num_steps, noise, interpolant, last_step_size, **options)
     if sampler in ("ode-euler", "ode-heun", "ode-heun-repa"):
         return sample_ode(velocity, noise(), num_steps, heun="heun" in sampler, repa="repa" in sampler)
     raise ValueError(f"expected a sampler among {', '.join(SAMPLERS)} (--sampler), found {sampler!r}")
@@ -182,7 +184,9 @@ class SampleGenerator:
         solver = settings["sampler"], settings["num_steps"], Interpolant(settings["path_type"])
         guidance = settings["guidance_scale"], settings["guidance_interval"] or (0.0, 1.0)
         autocast = torch.bfloat16 if settings["mixed_precision"] == "bf16" else None
-        return sample_latents(self.sit, y, noise, *solver, *guidance, settings["last_step_size"], autocast)
+        options = {name: settings[name] for name in SAMPLER_OPTIONS.get(settings["sampler"], ())}
+        last_step_size = settings["last_step_size"] or 0.04  # None where it has no effect
+        return sample_latents(self.sit, y, noise, *solver, *guidance, last_step_size, autocast, **options)
 
     def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:  # (B, C, H, W) -> (B, R, R, 3) uint8, (B,) bool
         return decode_latents(self.vae, z, self.info["scale"])

@@ -18,14 +18,15 @@ from models.vae import UINT8_RULE
 from runtime import provenance
 from runtime.files import Field, fields_of, read_record
 from sampling.batch_size import configured_batch_size
-from sampling.config import BLOCK, SampleConfig
+from sampling.config import BLOCK, SAMPLER_OPTIONS, SampleConfig
 from sampling.generator import SampleGenerator
 
 FORMAT = "vae-repa-samples"
 VERSION = 1
 
 # Flags that are recorded under their own names. Their historic values stand at the flags.
-_FLAGS = "sampler num_steps last_step_size num_samples labels classes seed mixed_precision compile vae_precision tf32"
+_FLAGS = "sampler num_steps last_step_size num_samples labels classes seed mixed_precision compile vae_precision tf32 "
+_FLAGS += "diffusion_form diffusion_norm last_step"
 FLAGS = [*_FLAGS.split(), "npz", "png"]
 # What else every set of samples has recorded.
 _FACTS = (
@@ -53,17 +54,17 @@ def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch
     on_gpu, is_sde = device.type == "cuda", config.sampler == "sde"
     precision = "bf16" if on_gpu else "no"
     (scale,), (interval,) = config.guidance_scale, config.guidance_intervals()
-    return {name: getattr(config, name) for name in FLAGS} | {
-        "last_step_size": config.last_step_size if is_sde else None,
+    as_of_old = is_sde and (config.diffusion_form, config.diffusion_norm) == ("linear", 1)
+    settings = {name: getattr(config, name) for name in FLAGS} | {
         "mixed_precision": config.mixed_precision or precision,
         "compile": on_gpu if config.compile is None else config.compile,
         "vae_precision": config.vae_precision or precision,
         "tf32": config.tf32 and on_gpu,
         "checkpoint_digest": info["digest"],
         "checkpoint_format": info["format"],
-        "diffusion": "2t" if is_sde else None,
+        "diffusion": "2t" if as_of_old else None,
         "guidance_scale": scale,
-        "guidance_interval": None if scale == 1 else interval,
+        "guidance_interval": interval,
         "batch_size": configured_batch_size(config, device),
         "block_size": BLOCK,
         "device_type": device.type,
@@ -73,6 +74,17 @@ def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch
         "vae_decoder": None,
         **{name: info[name] for name in ("step", "path_type", "vae_digest", "resolution")},
     }
+    return _without_unused(settings)
+
+
+def _without_unused(settings: dict[str, Any]) -> dict[str, Any]:
+    """None for each setting that has no effect on these images beside the others, in old records as in new ones."""
+    unused = [name for sampler, names in SAMPLER_OPTIONS.items() if sampler != settings["sampler"] for name in names]
+    if settings["sampler"] != "sde" or settings["last_step"] == "none":
+        unused.append("last_step_size")
+    if settings["guidance_scale"] == 1:
+        unused.append("guidance_interval")
+    return settings | dict.fromkeys(unused)
 
 
 def describe_run(generator: SampleGenerator, processes: int, timing: dict[str, float]) -> dict[str, Any]:
@@ -110,7 +122,7 @@ def read_settings(directory: Path) -> dict[str, Any] | None:
             raise ValueError(
                 f"expected samples of format {FORMAT} {VERSION}, found {' '.join(map(str, found))} in {path}"
             )
-        return read_record(read_record(content, RECORD, path)["settings"], SETTINGS, path)
+        return _without_unused(read_record(read_record(content, RECORD, path)["settings"], SETTINGS, path))
     return None
 
 

@@ -33,7 +33,7 @@ from runtime import cli
 from runtime.files import read_checksummed_json, to_checksummed_json, to_json
 from runtime.seeding import block_generator
 from sampling import writer
-from sampling.config import BLOCK, SampleConfig
+from sampling.config import BLOCK, DIFFUSION_FORMS, LAST_STEPS, SampleConfig
 from sampling.generator import SampleGenerator, draw_labels
 from tests.stores import make_store, make_vae, save_checkpoint
 from tests.test_train import run
@@ -391,6 +391,9 @@ def test_a_process_that_fails_ends_them_all(tmp_path):
         {"sampler": "ode-heun-repa"},
         {"num_steps": 4},
         {"last_step_size": 0.1},
+        *({"diffusion_form": form} for form in DIFFUSION_FORMS if form not in ("linear", "sigma")),
+        {"diffusion_norm": 0.5},
+        *({"last_step": name} for name in LAST_STEPS if name != "mean"),
         {"guidance_scale": 1.0},
         {"guidance_low": 0.9},
         {"guidance_high": 0.3},
@@ -429,7 +432,7 @@ def test_each_sampler_is_its_solver_and_all_begin_with_the_same_noise(checkpoint
         with monkeypatch.context() as patched:
             patched.setattr(sampling.generator, solver, spy(sampler))
             draw(checkpoint, tmp_path / sampler, num_samples=16, sampler=sampler)
-    assert options["sde"] == (3, {})
+    assert options["sde"] == (3, {"diffusion_form": "linear", "diffusion_norm": 1.0, "last_step": "mean"})
     assert options["ode-euler"] == (3, {"heun": False, "repa": False})
     assert options["ode-heun"] == (3, {"heun": True, "repa": False})
     assert options["ode-heun-repa"] == (3, {"heun": True, "repa": True})
@@ -463,6 +466,11 @@ def refused(capsys, flags):
             "--per-proc-batch-size: expected a multiple of 16 (one block of images), or auto, found 24",
         ),
         ({"per_proc_batch_size": 0}, "--per-proc-batch-size: expected a multiple of 16"),
+        ({"diffusion_norm": 0.0}, "--diffusion-norm: expected a positive number, found 0.0"),
+        ({"diffusion_norm": "nan"}, "--diffusion-norm: expected a positive number, found nan"),
+        ({"diffusion_form": "cubic"}, "invalid choice: 'cubic'"),
+        ({"last_step": "last"}, "invalid choice: 'last'"),
+        ({"last_step": "none", "num_steps": 1}, "--num-steps: expected at least 2 beside --last-step none, found 1"),
         ({"last_step_size": 0.0}, "--last-step-size: expected a size in (0, 1), found 0.0"),
         ({"guidance_scale": "nan"}, "--guidance-scale: expected finite scales, found nan"),
         ({"guidance_low": -0.5}, "--guidance-low: expected times in [0, 1], found -0.5"),

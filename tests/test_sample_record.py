@@ -105,7 +105,7 @@ def test_records_of_older_code_are_resumed_and_recognised(checkpoint, tmp_path, 
 
     def age(settings):
         settings["last_t"] = settings.pop("last_step_size")
-        for name in ("npz", "checkpoint_format", "compile"):
+        for name in ("npz", "checkpoint_format", "compile", "diffusion_form", "diffusion_norm", "last_step"):
             del settings[name]
 
     flags = {"num_samples": 40, "sampler": sampler, "last_step_size": 0.1}
@@ -121,6 +121,25 @@ def test_records_of_older_code_are_resumed_and_recognised(checkpoint, tmp_path, 
     if sampler == "sde":
         line = refused(capsys, arguments(checkpoint, begun, **flags | {"last_step_size": 0.2}))
         assert "last_step_size 0.1 -> 0.2" in line
+
+
+@pytest.mark.parametrize("sampler, unused", [("sde", "none"), ("ode-heun", "all")])
+def test_what_has_no_effect_is_recorded_as_none_and_not_compared(checkpoint, tmp_path, capsys, sampler, unused):
+    flags = {"num_samples": 16, "sampler": sampler, "diffusion_form": "sigma", "last_step": "none"}
+    draw(checkpoint, tmp_path / "set", **flags)
+    settings = json.loads((tmp_path / "set" / "samples.json").read_text())["settings"]
+    names = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
+    assert [settings[name] for name in names] == (
+        ["sigma", 1.0, "none", None] if unused == "none" else [None, None, None, None]
+    )
+    assert settings["diffusion"] is None
+    sample_ddp.main(arguments(checkpoint, tmp_path / "set", **flags | {"last_step_size": 0.3}))
+    assert "is complete" in capsys.readouterr().out
+    sample_ddp.main(["--checkpoint", str(checkpoint), "--output-dir", str(tmp_path / "set")])
+    assert "is complete" in capsys.readouterr().out
+    if sampler == "sde":
+        line = refused(capsys, arguments(checkpoint, tmp_path / "set", **flags | {"diffusion_form": "linear"}))
+        assert "diffusion_form sigma -> linear" in line
 
 
 def test_a_new_setting_breaks_no_record(checkpoint, whole, tmp_path, monkeypatch, capsys):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from diffusion.interpolant import PATHS, Interpolant
-from diffusion.samplers import guided_velocity, sample_ode, sample_sde
+from diffusion.samplers import DIFFUSIONS, guided_velocity, sample_ode, sample_sde
 from models.sit import SiT, SiTConfig
+from sampling.config import DIFFUSION_FORMS, LAST_STEPS
 
 MEAN, STD = 1.5, 0.3  # of the data
 
@@ -169,6 +170,106 @@ def test_sde_equals_a_literal_loop_with_the_known_score(path):
     y = y + 0.1 * (0.1 * data.score(y, 0.1) - data.velocity(y, 0.1))
     torch.testing.assert_close(z, y, rtol=1e-9, atol=1e-9)
     assert z.dtype == torch.float64
+
+
+def sit_diffusion(form, norm, path, s):
+    """SiT's diffusion, in its time s = 1 - t: alpha weighs the data, sigma the noise."""
+    half = math.pi / 2
+    if path == "linear":
+        alpha, sigma, d_alpha, d_sigma = s, 1 - s, 1.0, -1.0
+    else:
+        alpha, sigma = math.sin(half * s), math.cos(half * s)
+        d_alpha, d_sigma = half * math.cos(half * s), -half * math.sin(half * s)
+    return {
+        "constant": norm,
+        "SBDM": norm * (sigma**2 * d_alpha / alpha - sigma * d_sigma) if alpha else math.inf,
+        "sigma": norm * sigma,
+        "linear": norm * (1 - s),
+        "decreasing": 0.25 * (norm * math.cos(math.pi * s) + 1) ** 2,
+        "increasing-decreasing": norm * math.sin(math.pi * s) ** 2,
+    }[form]
+
+
+def sit_loop(data, x, steps, noises, form="linear", norm=1.0, last="mean", h=0.1):
+    """SiT's sampler in its own time and words: dx = [v + w score] ds + sqrt(2 w) dW."""
+
+    def velocity(x, s):
+        return -data.velocity(x, 1 - s)
+
+    def drift(x, s):
+        return velocity(x, s) + sit_diffusion(form, norm, data.path, s) * data.score(x, 1 - s)
+
+    h = 0.0 if last == "none" else h
+    times = torch.linspace(1e-3 if form == "SBDM" else 0, 1 - h, steps, dtype=torch.float64).tolist()
+    for k in range(steps - 1):
+        ds = times[k + 1] - times[k]
+        w = sit_diffusion(form, norm, data.path, times[k])
+        x = x + drift(x, times[k]) * ds + math.sqrt(2 * w * ds) * noises[k].double()
+    s = times[-1]
+    alpha, sigma, _, _ = data.coefficients(1 - s)
+    ends = {"none": lambda: x, "mean": lambda: x + drift(x, s) * h, "euler": lambda: x + velocity(x, s) * h}
+    ends["tweedie"] = lambda: x / alpha + sigma**2 / alpha * data.score(x, 1 - s)
+    return ends[last]()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("norm", [1.0, 0.7])
+@pytest.mark.parametrize("form", DIFFUSION_FORMS)
+def test_each_form_of_diffusion_is_sits(path, norm, form):
+    data, generator = GaussianData(path), torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    noises = torch.randn(11, 5, 3, generator=generator)
+    options = {"diffusion_form": form, "diffusion_norm": norm}
+    z = sample_sde(data.velocity, x, 12, lambda k: noises[k], Interpolant(path), 0.1, **options)
+    expected = sit_loop(data, x, 12, noises, form, norm)
+    torch.testing.assert_close(z, expected, rtol=1e-8, atol=1e-8)
+    plain = sample_sde(data.velocity, x, 12, lambda k: noises[k], Interpolant(path), 0.1)
+    same = form == "linear" or (form, path) == ("sigma", "linear")  # there b_t = t
+    assert torch.allclose(z, plain) == (same and norm == 1)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("last_step", LAST_STEPS)
+@pytest.mark.parametrize("form", ["linear", "sigma"])
+def test_each_last_step_is_sits(path, last_step, form):
+    data, generator = GaussianData(path), torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    noises = torch.randn(7, 5, 3, generator=generator)
+    times = []
+
+    def velocity(y, t):
+        times.append(t)
+        return data.velocity(y, t)
+
+    options = {"diffusion_form": form, "last_step": last_step}
+    z = sample_sde(velocity, x, 8, lambda k: noises[k], Interpolant(path), 0.2, **options)
+    torch.testing.assert_close(z, sit_loop(data, x, 8, noises, form, last=last_step, h=0.2), rtol=1e-8, atol=1e-8)
+    assert len(times) == (7 if last_step == "none" else 8)
+    mean = sample_sde(data.velocity, x, 8, lambda k: noises[k], Interpolant(path), 0.2, diffusion_form=form)
+    assert torch.allclose(z, mean) == (last_step == "mean")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("form", DIFFUSION_FORMS)
+def test_every_form_leads_to_the_data(path, form):
+    """Many short steps; the moments are those of an ensemble of 40,000."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40_000, generator=generator, dtype=torch.float64)
+    noise = lambda _: torch.randn(40_000, generator=generator)  # noqa: E731
+    z = sample_sde(GaussianData(path).velocity, x, 1000, noise, Interpolant(path), 0.001, diffusion_form=form)
+    assert z.mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert z.std().item() == pytest.approx(STD, abs=0.01)
+
+
+def test_the_names_of_the_flags_are_those_of_the_formulas():
+    assert set(DIFFUSIONS) == set(DIFFUSION_FORMS)
+    common = lambda k: torch.zeros(1), Interpolant("linear"), 0.1
+    with pytest.raises(ValueError, match=r"expected one of constant, SBDM.*--diffusion-form.*found 'cubic'"):
+        sample_sde(lambda x, t: x, torch.ones(1), 2, *common, diffusion_form="cubic")
+    with pytest.raises(ValueError, match=r"expected one of none, mean.*--last-step.*found 'last'"):
+        sample_sde(lambda x, t: x, torch.ones(1), 2, *common, last_step="last")
+    with pytest.raises(ValueError, match=r"expected at least 2 steps .*--num-steps.*found 1"):
+        sample_sde(lambda x, t: x, torch.ones(1), 1, *common, last_step="none")
 
 
 def test_sde_takes_as_many_evaluations_as_steps_from_one_to_last_step_size():
