@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 UNKNOWN_VAE = "unknown"  # in place of a digest, where it was not recorded which VAE made the latents
-UINT8_RULE = "floor(clamp(127.5 * x + 128, 0, 255))"
+UINT8_RULES = {  # from colours in [-1, 1] to pixels, by name, as samples record it
+    "floor": "floor(clamp(127.5 * x + 128, 0, 255))",  # DiT, SiT
+    "truncate": "floor(clamp(255 * (x + 1) / 2, 0, 255))",  # REPA, SRA
+    "round": "round(clamp(255 * (x + 1) / 2, 0, 255))",  # JiT; half-way goes to the even number
+}
 
 
 @dataclass(frozen=True)
@@ -207,9 +211,12 @@ def decode(vae: AutoencoderKL, latents: Tensor, scale: LatentScale) -> Tensor:  
     return vae.decode(scale.unscale(latents.float()).to(vae.dtype)).sample.float()
 
 
-def to_uint8(x: Tensor) -> Tensor:  # (N, 3, R, R) -> (N, R, R, 3) uint8
-    """Images in [-1, 1] to pixels by `UINT8_RULE`."""
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+def to_uint8(x: Tensor, rule: str = UINT8_RULES["floor"]) -> Tensor:  # (N, 3, R, R) -> (N, R, R, 3) uint8
+    """Images in [-1, 1] to pixels by a rule of `UINT8_RULES`, given in full."""
+    assert rule in UINT8_RULES.values(), rule
+    x = (127.5 * x + 128 if rule == UINT8_RULES["floor"] else 255 * ((x + 1) / 2)).clamp(0, 255)
+    x = x.round() if rule == UINT8_RULES["round"] else x
+    return x.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def decode_images(vae: AutoencoderKL, latents: Tensor, scale: LatentScale) -> Tensor:  # (N, C, H, W) -> (N, R, R, 3)

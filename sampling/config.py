@@ -15,6 +15,7 @@ DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increas
 LAST_STEPS = ("none", "mean", "tweedie", "euler")
 # Settings that are keyword arguments of a sampler, and have no effect on the others.
 SAMPLER_OPTIONS = {"sde": ("diffusion_form", "diffusion_norm", "last_step")}
+UINT8_RULES = ("floor", "truncate", "round")  # written out in `models.vae`
 LABELS, PRECISIONS = ("random", "balanced"), ("no", "bf16")
 NEIGHBOURS = 3  # of precision and recall, as in the ADM suite
 LARGEST_BATCH, CPU_BATCH = 256, 64  # of --per-proc-batch-size auto
@@ -56,6 +57,11 @@ class SampleConfig:
     labels: str = _set("random", "random: a fair draw for each image; balanced: as many of each class", choices=LABELS)
     classes: tuple[int, ...] | None = _set(None, "draw these classes only, by number", metavar="CLASS")
     seed: int = _set(0, "seed of noise and labels")
+    uint8_rule: str = _set(
+        "floor",
+        "colours in [-1, 1] to pixels: floor 127.5x + 128, or truncate or round 255 (x + 1) / 2",
+        choices=UINT8_RULES,
+    )
 
     sampler: str = _solver("sde", "solver: SDE by Euler-Maruyama, ODE by Euler, Heun or REPA's Heun", choices=SAMPLERS)
     num_steps: int = _solver(250, "steps; each costs one evaluation of the network (ode-heun: two)")

@@ -22,7 +22,7 @@ from diffusion.guidance import guided_velocity
 from diffusion.interpolant import Interpolant
 from diffusion.samplers import sample_ode, sample_sde
 from models.sit import SiT
-from models.vae import LatentScale, decode, to_uint8
+from models.vae import UINT8_RULES, LatentScale, decode, to_uint8
 from runtime.distributed import compile_each
 from runtime.seeding import block_generator, numpy_generator
 from sampling.config import BLOCK, SAMPLER_OPTIONS, SAMPLERS, SampleConfig
@@ -70,18 +70,20 @@ def sample_latents(
     raise ValueError(f"expected a sampler among {', '.join(SAMPLERS)} (--sampler), found {sampler!r}")
 
 
-def decode_latents(vae: AutoencoderKL, z: Tensor, scale: LatentScale) -> tuple[Tensor, Tensor]:
+def decode_latents(
+    vae: AutoencoderKL, z: Tensor, scale: LatentScale, rule: str = UINT8_RULES["floor"]
+) -> tuple[Tensor, Tensor]:
     """Images (N, R, R, 3) uint8 of latents (N, C, H, W); and which (N,) bool are finite as latents and in colour.
 
     Always in blocks of `BLOCK` images, the last one padded: the decoder needs memory, and its rounding depends on the
-    size of the batch.
+    size of the batch. `rule` is that of `to_uint8`.
     """
     count = len(z)
     z = torch.cat([z, z[-1:].expand(-count % BLOCK, *z.shape[1:])]).float()
     images, finite = [], []
     for block in z.split(BLOCK):
         x = decode(vae, block, scale)  # (BLOCK, 3, R, R)
-        images.append(to_uint8(x))
+        images.append(to_uint8(x, rule))
         finite.append(block.isfinite().flatten(1).all(dim=1) & x.isfinite().flatten(1).all(dim=1))
     return torch.cat(images)[:count], torch.cat(finite)[:count]
 
@@ -189,7 +191,7 @@ class SampleGenerator:
         return sample_latents(self.sit, y, noise, *solver, *guidance, last_step_size, autocast, **options)
 
     def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:  # (B, C, H, W) -> (B, R, R, 3) uint8, (B,) bool
-        return decode_latents(self.vae, z, self.info["scale"])
+        return decode_latents(self.vae, z, self.info["scale"], self.settings["uint8_rule"])
 
     @contextmanager
     def on_side_stream(self, *tensors: Tensor) -> Iterator[None]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from models.sit import SiT
-from models.vae import UINT8_RULE
+from models.vae import UINT8_RULES
 from runtime import provenance
 from runtime.files import Field, fields_of, read_record
 from sampling.batch_size import configured_batch_size
@@ -70,7 +70,7 @@ def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch
         "device_type": device.type,
         "latent_scale": info["scale"].to_dict(),
         "latent_shape": (sit.config.in_channels, sit.config.latent_size, sit.config.latent_size),
-        "uint8_rule": UINT8_RULE,
+        "uint8_rule": UINT8_RULES[config.uint8_rule],
         "vae_decoder": None,
         **{name: info[name] for name in ("step", "path_type", "vae_digest", "resolution")},
     }
@@ -136,6 +136,7 @@ def resume(config: SampleConfig, given: Set[str], recorded: dict[str, Any]) -> S
     """
     values = {name: recorded[name] for name in FLAGS}
     values |= {"guidance_scale": (recorded["guidance_scale"],), "per_proc_batch_size": str(recorded["batch_size"])}
+    values["uint8_rule"] = next((name for name, rule in UINT8_RULES.items() if rule == recorded["uint8_rule"]), None)
     if recorded["guidance_interval"]:
         values["guidance_low"], values["guidance_high"] = ((time,) for time in recorded["guidance_interval"])
     if config.per_proc_batch_size == "auto":

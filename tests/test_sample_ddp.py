@@ -28,7 +28,7 @@ from evaluations import evaluate
 from models.load import load_sit
 from models.sit import SiT, SiTConfig
 from models.tensor_file import state_digest
-from models.vae import LatentScale, decode_images, decoder_digest, load_vae, vae_digest
+from models.vae import UINT8_RULES, LatentScale, decode_images, decoder_digest, load_vae, vae_digest
 from runtime import cli
 from runtime.files import read_checksummed_json, to_checksummed_json, to_json
 from runtime.seeding import block_generator
@@ -397,6 +397,7 @@ def test_a_process_that_fails_ends_them_all(tmp_path):
         {"guidance_scale": 1.0},
         {"guidance_low": 0.9},
         {"guidance_high": 0.3},
+        {"uint8_rule": "truncate"},
         {"labels": "balanced"},
         {"classes": (0, 3)},
         {"mixed_precision": "bf16"},
@@ -413,6 +414,7 @@ def test_each_flag_changes_the_images_and_is_recorded(checkpoint, whole, tmp_pat
     if "classes" in changes:
         assert set(labels) == {0, 3}
     for name, value in changes.items():
+        value = UINT8_RULES[value] if name == "uint8_rule" else value
         recorded = settings["guidance_interval"] if name in ("guidance_low", "guidance_high") else [settings[name]]
         assert (list(value) if isinstance(value, tuple) else value) in recorded
 

@@ -142,6 +142,16 @@ def test_what_has_no_effect_is_recorded_as_none_and_not_compared(checkpoint, tmp
         assert "diffusion_form sigma -> linear" in line
 
 
+def test_a_resume_keeps_the_rule_of_pixels(checkpoint, tmp_path, monkeypatch, capsys):
+    flags = {"num_samples": 32, "uint8_rule": "truncate"}
+    draw(checkpoint, tmp_path / "undisturbed", **flags)
+    begin(checkpoint, tmp_path / "begun", monkeypatch, **flags)
+    sample_ddp.main(["--checkpoint", str(checkpoint), "--output-dir", str(tmp_path / "begun")])
+    assert same_npz(tmp_path / "begun", tmp_path / "undisturbed")
+    line = refused(capsys, arguments(checkpoint, tmp_path / "begun", **flags | {"uint8_rule": "floor"}))
+    assert "uint8_rule floor(clamp(255 * (x + 1) / 2, 0, 255)) -> floor(clamp(127.5 * x + 128, 0, 255))" in line
+
+
 def test_a_new_setting_breaks_no_record(checkpoint, whole, tmp_path, monkeypatch, capsys):
     """A flag that newer code has: what was drawn before has its historic value, not the default."""
     extra = [("swirl", float, cli.flag(0.5, "a new setting", record=Field(0.0)))]

@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
+import sampling.config
 from models.tensor_file import state_digest
 from models.vae import (
+    UINT8_RULES,
     UNKNOWN_VAE,
     LatentScale,
     check_vae,
@@ -16,6 +19,7 @@ from models.vae import (
     encode_moments,
     load_vae,
     scale_from_config,
+    to_uint8,
     vae_digest,
     vae_factor,
 )
@@ -66,6 +70,23 @@ def test_decoding_undoes_the_scale_and_rounds_by_the_rule(folder):
     assert images.dtype == torch.uint8
     x = vae.decode(z / 0.5 + 0.25).sample.permute(0, 2, 3, 1)
     assert torch.equal(images, torch.floor(torch.clamp(127.5 * x + 128, 0, 255)).to(torch.uint8))
+
+
+def test_each_rule_of_pixels_is_its_projects():
+    """At colours on and beside every pixel's bounds, against numpy."""
+    bounds = torch.arange(-20, 276, 0.25)
+    x = (bounds / 127.5 - 1).expand(1, 3, 1, -1).contiguous()
+    unit = (x.numpy().transpose(0, 2, 3, 1) + 1) / 2
+    expected = {
+        "floor": np.clip(127.5 * x.numpy().transpose(0, 2, 3, 1) + 128, 0, 255),  # DiT, SiT
+        "truncate": np.clip(255 * unit, 0, 255),  # REPA
+        "round": np.round(np.clip(unit * 255, 0, 255)),  # JiT
+    }
+    assert expected.keys() == UINT8_RULES.keys() == set(sampling.config.UINT8_RULES)
+    for name, values in expected.items():
+        assert np.array_equal(to_uint8(x, UINT8_RULES[name]).numpy(), values.astype(np.uint8))
+    assert torch.equal(to_uint8(x), to_uint8(x, UINT8_RULES["floor"]))
+    assert len({to_uint8(x, rule).numpy().tobytes() for rule in UINT8_RULES.values()}) == 3
 
 
 def test_loaded_vaes_are_frozen_and_told_apart_by_their_weights(folder, tmp_path):
