@@ -23,10 +23,11 @@ def guided_velocity(
     scale: float,
     interval: tuple[float, float],
     autocast: torch.dtype | None = None,
+    channels: str = "all",
 ) -> Velocity:
     """The velocity of a class-conditional model, with classifier-free guidance on an interval of times.
 
-        v = v_null + scale * (v_class - v_null)    for low <= t <= high, on all channels
+        v = v_null + scale * (v_class - v_null)    for low <= t <= high, on all channels unless three are asked for
         v = v_class                                elsewhere
 
     So scale 1 is no guidance, the convention of DiT, SiT and REPA (where others write 1 + w, or count from 0). Scale 1,
@@ -40,13 +41,14 @@ def guided_velocity(
         interval: (low, high) with 0 <= low <= high <= 1, both included. t = 1 is noise.
         autocast: dtype in which the network computes on the device of x, such as `torch.bfloat16`; `None` leaves
             whatever autocast the caller has.
+        channels: "all"; or "3": the others are those of v_class, as in the code of DiT and SiT.
 
     Returns:
         A function of (x (N, C, H, W), t float) that gives the velocity (N, C, H, W) float64. A third argument, a time,
         is looked up in the interval instead of t.
 
     Raises:
-        ValueError: scale or interval out of range.
+        ValueError: scale or interval out of range, or unknown channels.
     """
     low, high = interval
     if not math.isfinite(scale):
@@ -56,6 +58,8 @@ def guided_velocity(
             f"expected 0 <= low <= high <= 1 for the guidance interval (--guidance-low, --guidance-high), "
             f"found {low} and {high}"
         )
+    if channels not in ("3", "all"):
+        raise ValueError(f"expected 3 or all (--guidance-channels), found {channels!r}")
     y_both = torch.cat([y, torch.full_like(y, null_class)])  # (2N,)
 
     def network(x: Tensor, t: float, y: Tensor) -> Tensor:  # (M, C, H, W), (M,) -> (M, C, H, W)
@@ -68,6 +72,7 @@ def guided_velocity(
         if scale == 1 or not low - ROUNDING <= gate <= high + ROUNDING:
             return network(x, t, y)
         v_class, v_null = network(torch.cat([x, x]), t, y_both).chunk(2)
-        return v_null + scale * (v_class - v_null)
+        v = v_null + scale * (v_class - v_null)
+        return v if channels == "all" else torch.cat([v[:, :3], v_class[:, 3:]], dim=1)
 
     return velocity

@@ -16,6 +16,7 @@ LAST_STEPS = ("none", "mean", "tweedie", "euler")
 # Settings that are keyword arguments of a sampler, and have no effect on the others.
 SAMPLER_OPTIONS = {"sde": ("diffusion_form", "diffusion_norm", "last_step")}
 UINT8_RULES = ("floor", "truncate", "round")  # written out in `models.vae`
+CHANNELS = ("3", "all")
 LABELS, PRECISIONS = ("random", "balanced"), ("no", "bf16")
 NEIGHBOURS = 3  # of precision and recall, as in the ADM suite
 LARGEST_BATCH, CPU_BATCH = 256, 64  # of --per-proc-batch-size auto
@@ -80,6 +81,9 @@ class SampleConfig:
     )
     guidance_low: tuple[float, ...] = _solver((0.0,), "guide from this time on (t = 0: data); several: intervals")
     guidance_high: tuple[float, ...] = _solver((1.0,), "guide up to this time (t = 1: noise); several: intervals")
+    guidance_channels: str = _solver(
+        "all", "guide all channels, or the first 3 as DiT's and SiT's code", choices=CHANNELS
+    )
 
     per_proc_batch_size: str = _speed("64", f"images per batch of a process: a multiple of {BLOCK}, or auto: {_AUTO}")
     mixed_precision: str | None = _precision("precision of the network; by default bf16 on a GPU, no on a CPU")

@@ -43,6 +43,7 @@ def sample_latents(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     last_step_size: float = 0.04,
     autocast: torch.dtype | None = None,
+    guidance_channels: str = "all",
     **options: Any,
 ) -> Tensor:  # (N,) -> (N, C, H, W) float64
     """Draw latents at t = 0, scaled as the model was trained with.
@@ -55,14 +56,15 @@ def sample_latents(
         sampler: one of `SAMPLERS`.
         num_steps: as in `sample_ode` and `sample_sde`.
         interpolant: the path the model was trained on.
-        guidance_scale, guidance_interval, autocast: as in `guided_velocity`.
+        guidance_scale, guidance_interval, guidance_channels, autocast: as in `guided_velocity`.
         last_step_size: as in `sample_sde`; of no effect on the other samplers.
         options: further arguments of the solver; `SAMPLER_OPTIONS` has their names.
 
     Raises:
         ValueError: unknown sampler, or a setting out of range.
     """
-    velocity = guided_velocity(sit, y, sit.config.num_classes, guidance_scale, guidance_interval, autocast)
+    guidance = guidance_scale, guidance_interval, autocast, guidance_channels
+    velocity = guided_velocity(sit, y, sit.config.num_classes, *guidance)
     if sampler == "sde":
         return sample_sde(velocity, noise(), num_steps, noise, interpolant, last_step_size, **options)
     if sampler in ("ode-euler", "ode-heun", "ode-heun-repa"):
@@ -187,6 +189,7 @@ class SampleGenerator:
         guidance = settings["guidance_scale"], settings["guidance_interval"] or (0.0, 1.0)
         autocast = torch.bfloat16 if settings["mixed_precision"] == "bf16" else None
         options = {name: settings[name] for name in SAMPLER_OPTIONS.get(settings["sampler"], ())}
+        options["guidance_channels"] = settings["guidance_channels"] or "all"
         last_step_size = settings["last_step_size"] or 0.04  # None where it has no effect
         return sample_latents(self.sit, y, noise, *solver, *guidance, last_step_size, autocast, **options)
 

@@ -26,7 +26,7 @@ VERSION = 1
 
 # Flags that are recorded under their own names. Their historic values stand at the flags.
 _FLAGS = "sampler num_steps last_step_size num_samples labels classes seed mixed_precision compile vae_precision tf32 "
-_FLAGS += "diffusion_form diffusion_norm last_step"
+_FLAGS += "diffusion_form diffusion_norm last_step guidance_channels"
 FLAGS = [*_FLAGS.split(), "npz", "png"]
 # What else every set of samples has recorded.
 _FACTS = (
@@ -83,7 +83,7 @@ def _without_unused(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["sampler"] != "sde" or settings["last_step"] == "none":
         unused.append("last_step_size")
     if settings["guidance_scale"] == 1:
-        unused.append("guidance_interval")
+        unused += ["guidance_interval", "guidance_channels"]
     return settings | dict.fromkeys(unused)
 
 

@@ -105,7 +105,15 @@ def test_records_of_older_code_are_resumed_and_recognised(checkpoint, tmp_path, 
 
     def age(settings):
         settings["last_t"] = settings.pop("last_step_size")
-        for name in ("npz", "checkpoint_format", "compile", "diffusion_form", "diffusion_norm", "last_step"):
+        for name in (
+            "npz",
+            "checkpoint_format",
+            "compile",
+            "diffusion_form",
+            "diffusion_norm",
+            "last_step",
+            "guidance_channels",
+        ):
             del settings[name]
 
     flags = {"num_samples": 40, "sampler": sampler, "last_step_size": 0.1}

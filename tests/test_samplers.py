@@ -339,6 +339,20 @@ def test_guidance_is_its_formula_on_every_channel():
     torch.testing.assert_close(v, v_null.double(), rtol=1e-5, atol=1e-6)
 
 
+def test_guidance_of_three_channels_leaves_the_others_to_the_class():
+    sit, y = random_sit(), torch.tensor([0, 2])
+    x, t = torch.randn(2, 4, 4, 4, dtype=torch.float64), torch.full((2,), 0.3)
+    v_class, v_null = sit(x.float(), t, y).double(), sit(x.float(), t, torch.tensor([K, K])).double()
+    v = guided_velocity(sit, y, K, 2.5, (0.0, 1.0), channels="3")(x, 0.3)
+    expected = v_class.clone()
+    for channel in range(3):
+        expected[:, channel] = (1 - 2.5) * v_null[:, channel] + 2.5 * v_class[:, channel]
+    torch.testing.assert_close(v, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(v[:, 3], guided_velocity(sit, y, K, 2.5, (0.0, 1.0))(x, 0.3)[:, 3])
+    with pytest.raises(ValueError, match=r"expected 3 or all \(--guidance-channels\), found '2'"):
+        guided_velocity(sit, y, K, 2.5, (0.0, 1.0), channels="2")
+
+
 def test_scale_one_is_no_guidance_exactly_and_costs_nothing():
     sit, y = random_sit(), torch.tensor([0, 2])
     x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
