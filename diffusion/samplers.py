@@ -84,6 +84,39 @@ def sample_ode(
 
 
 @torch.no_grad()
+def sample_dopri5(velocity: Velocity, x: Tensor, atol: float = 1e-6, rtol: float = 1e-3) -> Tensor:
+    """Solve dy = v(y, t) dt (Eq. 2) from t = 1 to t = 0 by Dormand-Prince 5(4) in steps that suit all of x (N, ...).
+
+    By torchdiffeq, with the tolerances of SiT. The last step ends at t = 0 (SiT's may go beyond, and interpolates).
+
+    Args:
+        velocity: called with the state (N, ...) float64 and t as a float, as often as it needs.
+        x: standard normal noise (N, ...), any floating type. All of it shares the steps.
+        atol, rtol: positive; a step's error is a root mean square over x.
+
+    Returns:
+        The samples (N, ...), float64.
+
+    Raises:
+        ValueError: a velocity that is not finite, for which no step is short enough.
+    """
+    from torchdiffeq import odeint  # no other solver needs it
+
+    def finite_velocity(t: Tensor, x: Tensor) -> Tensor:  # (), (N, ...) -> (N, ...)
+        v = velocity(x, t.item()).double()
+        if not v.isfinite().all():
+            raise ValueError(
+                f"expected finite samples, found a velocity that is not finite at t = {t.item():.4g}; "
+                f"fix: --mixed-precision no, or a lower --guidance-scale"
+            )
+        return v
+
+    ends = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
+    options = {"step_t": ends[1:]}
+    return odeint(finite_velocity, x.double(), ends, rtol=rtol, atol=atol, method="dopri5", options=options)[1]
+
+
+@torch.no_grad()
 def sample_sde(
     velocity: Velocity,
     x: Tensor,

@@ -10,11 +10,11 @@ from runtime.cli import REQUIRED, check, flag
 from runtime.files import Field
 
 BLOCK = 16  # images that share a generator of noise; part of what determines the images
-SAMPLERS = ("sde", "ode-euler", "ode-heun", "ode-heun-repa")
+SAMPLERS = ("sde", "ode-euler", "ode-heun", "ode-heun-repa", "ode-dopri5")
 DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
 LAST_STEPS = ("none", "mean", "tweedie", "euler")
 # Settings that are keyword arguments of a sampler, and have no effect on the others.
-SAMPLER_OPTIONS = {"sde": ("diffusion_form", "diffusion_norm", "last_step")}
+SAMPLER_OPTIONS = {"sde": ("diffusion_form", "diffusion_norm", "last_step"), "ode-dopri5": ("atol", "rtol")}
 UINT8_RULES = ("floor", "truncate", "round")  # written out in `models.vae`
 CHANNELS = ("3", "all")
 LABELS, PRECISIONS = ("random", "balanced"), ("no", "bf16")
@@ -64,11 +64,17 @@ class SampleConfig:
         choices=UINT8_RULES,
     )
 
-    sampler: str = _solver("sde", "solver: SDE by Euler-Maruyama, ODE by Euler, Heun or REPA's Heun", choices=SAMPLERS)
-    num_steps: int = _solver(250, "steps; each costs one evaluation of the network (ode-heun: two)")
+    sampler: str = _solver(
+        "sde", "SDE by Euler-Maruyama, ODE by Euler, Heun, REPA's Heun or adaptive dopri5", choices=SAMPLERS
+    )
+    num_steps: int = _solver(
+        250, "steps; each costs one evaluation of the network (ode-heun: two); of no effect on ode-dopri5"
+    )
     last_step_size: float = _solver(
         0.04, "sde: size of the last step, without noise, to t = 0", aliases=("--last-t",), record=_LAST_STEP_SIZE
     )
+    atol: float = _solver(1e-6, "ode-dopri5: absolute tolerance of a step's error, shared by a block of images")
+    rtol: float = _solver(1e-3, "ode-dopri5: relative tolerance")
     diffusion_form: str = _solver(
         "linear", "sde: SiT's form of the diffusion; linear is REPA's", choices=DIFFUSION_FORMS
     )
@@ -100,6 +106,8 @@ class SampleConfig:
         whole = size == "auto" or (size.isdigit() and int(size) >= BLOCK and int(size) % BLOCK == 0)
         check(self, "per_proc_batch_size", whole, f"a multiple of {BLOCK} (one block of images), or auto")
         check(self, "last_step_size", 0 < self.last_step_size < 1, "a size in (0, 1)")
+        for name in ("atol", "rtol"):
+            check(self, name, 1e-8 <= getattr(self, name) < 1, "a tolerance in [1e-8, 1): the network is in float32")
         check(self, "diffusion_norm", 0 < self.diffusion_norm < float("inf"), "a positive number")
         lone = self.sampler == "sde" and self.last_step == "none" and self.num_steps == 1
         check(self, "num_steps", not lone, "at least 2 beside --last-step none")

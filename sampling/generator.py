@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffusion.guidance import guided_velocity
 from diffusion.interpolant import Interpolant
-from diffusion.samplers import sample_ode, sample_sde
+from diffusion.samplers import sample_dopri5, sample_ode, sample_sde
 from models.sit import SiT
 from models.vae import UINT8_RULES, LatentScale, decode, to_uint8
 from runtime.distributed import compile_each
@@ -64,6 +64,10 @@ def sample_latents(
         ValueError: unknown sampler, or a setting out of range.
     """
     guidance = guidance_scale, guidance_interval, autocast, guidance_channels
+    if sampler == "ode-dopri5":  # block by block, so that an image's steps do not depend on the size of the batch
+        blocks = zip(noise().split(BLOCK), y.split(BLOCK), strict=True)
+        velocities = ((x, guided_velocity(sit, y, sit.config.num_classes, *guidance)) for x, y in blocks)
+        return torch.cat([sample_dopri5(velocity, x, **options) for x, velocity in velocities])
     velocity = guided_velocity(sit, y, sit.config.num_classes, *guidance)
     if sampler == "sde":
         return sample_sde(velocity, noise(), num_steps, noise, interpolant, last_step_size, **options)

@@ -128,14 +128,15 @@ class VAEREPAPipeline:
 
         Image i depends on the seed, i, its label and the settings, and equals image i of `sample_ddp.py` with as many
         images, bit for bit on the same machine. The first images of a larger set need its `batch_size` (64 unless set
-        there) too: another size keeps every draw, and changes rounding alone.
+        there) too: another size keeps every draw, and changes rounding alone. With "ode-dopri5" the 16 images of a
+        block share their steps, and depend on each other's labels to the tolerance.
 
         Args:
             class_labels: numbers or names of classes (see `config["class_names"]`); a name may be one of several that
                 stand in a class's name with commas between.
             guidance_scale: v_null + scale (v_class - v_null): 1 is no guidance.
             guidance_interval: times at which to guide, both included: t = 1 is noise, t = 0 is data.
-            num_inference_steps: steps; each costs one evaluation of the network (ode-heun: two).
+            num_inference_steps: steps, each one evaluation of the network (ode-heun: two); ode-dopri5 takes its own.
             sampler: one of `sampling.config.SAMPLERS`.
             seed: of the noise.
             last_step_size: sde: size of the last step, which has no noise; it ends at t = 0.

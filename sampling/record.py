@@ -26,7 +26,7 @@ VERSION = 1
 
 # Flags that are recorded under their own names. Their historic values stand at the flags.
 _FLAGS = "sampler num_steps last_step_size num_samples labels classes seed mixed_precision compile vae_precision tf32 "
-_FLAGS += "diffusion_form diffusion_norm last_step guidance_channels"
+_FLAGS += "diffusion_form diffusion_norm last_step atol rtol guidance_channels"
 FLAGS = [*_FLAGS.split(), "npz", "png"]
 # What else every set of samples has recorded.
 _FACTS = (
@@ -82,6 +82,8 @@ def _without_unused(settings: dict[str, Any]) -> dict[str, Any]:
     unused = [name for sampler, names in SAMPLER_OPTIONS.items() if sampler != settings["sampler"] for name in names]
     if settings["sampler"] != "sde" or settings["last_step"] == "none":
         unused.append("last_step_size")
+    if settings["sampler"] == "ode-dopri5":
+        unused.append("num_steps")
     if settings["guidance_scale"] == 1:
         unused += ["guidance_interval", "guidance_channels"]
     return settings | dict.fromkeys(unused)

@@ -6,7 +6,7 @@ import torch
 
 from diffusion.guidance import guided_velocity
 from diffusion.interpolant import Interpolant
-from diffusion.samplers import sample_ode, sample_sde
+from diffusion.samplers import sample_dopri5, sample_ode, sample_sde
 from models.sit import SiT, SiTConfig
 from models.vae import LatentScale, decode_images, load_vae
 from sampling.config import BLOCK, SAMPLERS
@@ -40,7 +40,9 @@ def test_latents_are_those_of_the_named_solver(sit, sampler):
     y = torch.arange(BLOCK) % K
     z = sample_latents(sit, y, noise(), sampler, 3, PATH, 2.5, (0.1, 0.9), 0.1)
     velocity, draw = guided_velocity(sit, y, K, 2.5, (0.1, 0.9)), noise()
-    if sampler == "sde":
+    if sampler == "ode-dopri5":
+        expected = sample_dopri5(velocity, draw())
+    elif sampler == "sde":
         expected = sample_sde(velocity, draw(), 3, draw, PATH, 0.1)
     else:
         expected = sample_ode(velocity, draw(), 3, heun=sampler != "ode-euler", repa=sampler == "ode-heun-repa")
@@ -53,6 +55,21 @@ def test_latents_are_those_of_the_named_solver(sit, sampler):
 def test_an_unknown_sampler_is_refused(sit, sampler):
     with pytest.raises(ValueError, match=f"expected a sampler among sde, ode-euler, ode-heun, .*found '{sampler}'"):
         sample_latents(sit, torch.zeros(BLOCK, dtype=torch.int64), noise(), sampler, 3, PATH)
+
+
+def test_each_block_is_integrated_by_itself(sit):
+    """Alone, or beside a block that needs other steps: the same bits. Not so if a batch shared its steps."""
+    y = torch.arange(2 * BLOCK) % K
+    both = block_noise(0, 0, 2 * BLOCK, (4, 4, 4), "cpu")()
+    z = sample_latents(sit, y, lambda: both, "ode-dopri5", 1, PATH, 2.0, atol=1e-4)
+    for part in (slice(BLOCK), slice(BLOCK, None)):
+        alone = sample_latents(sit, y[part], lambda part=part: both[part], "ode-dopri5", 1, PATH, 2.0, atol=1e-4)
+        assert torch.equal(z[part], alone)
+    louder = torch.cat([both[:BLOCK], 20 * both[BLOCK:]])
+    beside = sample_latents(sit, y, lambda: louder, "ode-dopri5", 1, PATH, 2.0, atol=1e-4)
+    assert torch.equal(z[:BLOCK], beside[:BLOCK])
+    shared = sample_dopri5(guided_velocity(sit, y, K, 2.0, (0.0, 1.0)), louder, atol=1e-4)
+    assert not torch.equal(z[:BLOCK], shared[:BLOCK])
 
 
 def test_images_are_decoded_in_whole_blocks(vae):

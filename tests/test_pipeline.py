@@ -78,7 +78,9 @@ print(*sorted(str(file) for file in ours if ".venv" not in file.parts))
 
 
 @pytest.mark.parametrize("guidance", [{}, {"scale": 2.5}, {"scale": 2.0, "low": 0.2, "high": 0.8}])
-@pytest.mark.parametrize("sampler, steps", [("sde", 4), ("ode-heun", 2), ("ode-euler", 3), ("ode-heun-repa", 2)])
+@pytest.mark.parametrize(
+    "sampler, steps", [("sde", 4), ("ode-heun", 2), ("ode-euler", 3), ("ode-heun-repa", 2), ("ode-dopri5", 1)]
+)
 def test_images_are_those_of_sample_ddp(checkpoint, pipe, tmp_path, sampler, steps, guidance):
     """40 images in batches of 32: the second is filled up with labels of which the pipeline knows nothing."""
     flags = f"--checkpoint {checkpoint} --output-dir {tmp_path / 'drawn'} --num-samples 40 --per-proc-batch-size 32"
@@ -91,7 +93,8 @@ def test_images_are_those_of_sample_ddp(checkpoint, pipe, tmp_path, sampler, ste
     settings = {"num_inference_steps": steps, "sampler": sampler, "seed": 11, "batch_size": 32}
     output = pipe(labels, guidance.get("scale", 1.0), interval, **settings)
     assert len(np.unique(expected.reshape(40, -1), axis=0)) == 40
-    assert np.array_equal(pixels(output.images), expected)
+    same = 32 if sampler == "ode-dopri5" else 40  # a block of it shares its steps, the filled-up one others
+    assert np.array_equal(pixels(output.images)[:same], expected[:same])
 
 
 def test_default_batches_and_defaults_of_the_sde_are_those_of_sample_ddp(checkpoint, pipe, tmp_path):

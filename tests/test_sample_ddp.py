@@ -389,6 +389,7 @@ def test_a_process_that_fails_ends_them_all(tmp_path):
         {"sampler": "ode-euler"},
         {"sampler": "ode-heun"},
         {"sampler": "ode-heun-repa"},
+        {"sampler": "ode-dopri5"},
         {"num_steps": 4},
         {"last_step_size": 0.1},
         *({"diffusion_form": form} for form in DIFFUSION_FORMS if form not in ("linear", "sigma")),
@@ -425,12 +426,13 @@ def test_each_sampler_is_its_solver_and_all_begin_with_the_same_noise(checkpoint
 
     def spy(sampler):
         def solve(velocity, x, *positional, **named):
-            starts[sampler], options[sampler] = x, (positional[0], named)
+            starts[sampler], options[sampler] = x, (*positional[:1], named)
             return x.double()
 
         return solve
 
     ode = dict.fromkeys(("ode-euler", "ode-heun", "ode-heun-repa"), "sample_ode")
+    ode["ode-dopri5"] = "sample_dopri5"
     for sampler, solver in {"sde": "sample_sde", **ode}.items():
         with monkeypatch.context() as patched:
             patched.setattr(sampling.generator, solver, spy(sampler))
@@ -439,7 +441,26 @@ def test_each_sampler_is_its_solver_and_all_begin_with_the_same_noise(checkpoint
     assert options["ode-euler"] == (3, {"heun": False, "repa": False})
     assert options["ode-heun"] == (3, {"heun": True, "repa": False})
     assert options["ode-heun-repa"] == (3, {"heun": True, "repa": True})
+    assert options["ode-dopri5"] == ({"atol": 1e-6, "rtol": 1e-3},)
     assert all(torch.equal(starts["sde"], start) for start in starts.values())
+
+
+def test_dopri5_draws_the_same_whatever_the_batch_and_resumes_by_its_tolerances(checkpoint, tmp_path, capsys):
+    flags = {"sampler": "ode-dopri5", "num_samples": 32}
+    images, _ = draw(checkpoint, tmp_path / "small", **flags)
+    large, _ = draw(checkpoint, tmp_path / "large", **flags, per_proc_batch_size=32)
+    assert np.array_equal(images, large)
+    for name, value in (("atol", 0.5), ("rtol", 0.5)):
+        tolerances = {"atol": 1e-2, "rtol": 1e-2, name: value}
+        assert not np.array_equal(images, draw(checkpoint, tmp_path / name, **flags | tolerances)[0])
+        line = refused(capsys, arguments(checkpoint, tmp_path / name, **flags, atol=1e-6, rtol=1e-3))
+        assert f"{name} 0.5 -> " in line
+    settings = json.loads((tmp_path / "rtol" / "samples.json").read_text())["settings"]
+    assert (settings["num_steps"], settings["atol"], settings["rtol"]) == (None, 1e-2, 0.5)
+    assert settings["last_step"] is None
+    capsys.readouterr()
+    sample_ddp.main(["--checkpoint", str(checkpoint), "--output-dir", str(tmp_path / "rtol")])
+    assert "is complete" in capsys.readouterr().out
 
 
 def test_the_same_command_on_a_whole_folder_changes_nothing(checkpoint, whole, capsys):
@@ -469,6 +490,10 @@ def refused(capsys, flags):
             "--per-proc-batch-size: expected a multiple of 16 (one block of images), or auto, found 24",
         ),
         ({"per_proc_batch_size": 0}, "--per-proc-batch-size: expected a multiple of 16"),
+        ({"atol": 0.0}, "--atol: expected a tolerance in [1e-8, 1): the network is in float32, found 0.0"),
+        ({"atol": "nan"}, "--atol: expected a tolerance in [1e-8, 1)"),
+        ({"rtol": 1.0}, "--rtol: expected a tolerance in [1e-8, 1)"),
+        ({"rtol": -1e-3}, "--rtol: expected a tolerance in [1e-8, 1)"),
         ({"diffusion_norm": 0.0}, "--diffusion-norm: expected a positive number, found 0.0"),
         ({"diffusion_norm": "nan"}, "--diffusion-norm: expected a positive number, found nan"),
         ({"diffusion_form": "cubic"}, "invalid choice: 'cubic'"),

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from scipy.integrate import solve_ivp
 
 from diffusion.interpolant import PATHS, Interpolant
-from diffusion.samplers import DIFFUSIONS, guided_velocity, sample_ode, sample_sde
+from diffusion.samplers import DIFFUSIONS, guided_velocity, sample_dopri5, sample_ode, sample_sde
 from models.sit import SiT, SiTConfig
 from sampling.config import DIFFUSION_FORMS, LAST_STEPS
 
@@ -112,6 +113,42 @@ def test_repas_heun_guides_a_step_by_its_first_time():
     sizes.clear()
     sample_ode(velocity, torch.ones(1, 1, 1, 1), 4, heun=True)
     assert sizes == [(1, 1), (0.75, 2), (0.75, 2), (0.5, 2), (0.5, 2), (0.25, 1), (0.25, 1), (0, 1)]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_dopri5_is_the_exact_map_within_its_tolerances(path):
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    exact, errors, counts = MEAN + STD * x, [], []
+    for tolerance in (1e-3, 1e-5, 1e-7):
+        times = []
+
+        def velocity(y, t, times=times):
+            times.append(t)
+            return GaussianData(path).velocity(y, t)
+
+        z = sample_dopri5(velocity, x.float(), atol=tolerance, rtol=tolerance)
+        assert z.dtype == torch.float64
+        assert min(times) >= 0  # nothing is asked for beyond the data
+        errors.append((z - exact).abs().max().item())
+        counts.append(len(times))
+        assert errors[-1] < 20 * tolerance
+    assert errors[0] > errors[1] > errors[2]
+    assert counts[0] < counts[1] < counts[2] < 400
+
+
+@pytest.mark.parametrize("tolerances", [{}, {"atol": 1e-4, "rtol": 1e-2}, {"atol": 1e-8, "rtol": 1e-8}])
+def test_dopri5_has_the_accuracy_of_scipys(tolerances):
+    """An independent Dormand-Prince, of other rules for its steps."""
+    x, data = torch.linspace(-2, 2, 9, dtype=torch.float64), GaussianData("cosine")
+    settings = {"atol": 1e-6, "rtol": 1e-3} | tolerances
+    solved = solve_ivp(lambda t, y: data.velocity(y, t), (1, 0), x.numpy(), method="RK45", **settings)
+    difference = sample_dopri5(data.velocity, x, **tolerances) - torch.from_numpy(solved.y[:, -1])
+    assert difference.abs().max() < 10 * (settings["atol"] + settings["rtol"])
+
+
+def test_dopri5_says_when_a_velocity_is_not_finite():
+    with pytest.raises(ValueError, match=r"expected finite samples, found a velocity .* at t = 1;.*--mixed-precision"):
+        sample_dopri5(lambda x, t: x * torch.nan, torch.ones(2))
 
 
 def exact_moments(path, num_steps, last_step_size):
