@@ -76,6 +76,7 @@ def sample(config: SampleConfig, given: frozenset[str], rank: int, processes: in
     evaluation = None
     for checkpoint in config.checkpoint:
         sit, info = load_model(config, checkpoint, rank)
+        guide = load_guide(config, sit, info)
         vae, loaded_as = None, None
         for one in config.sets():
             # What the set is, and whether it is there already.
@@ -98,19 +99,21 @@ def sample(config: SampleConfig, given: frozenset[str], rank: int, processes: in
             allow_tf32(settings["tf32"])
             load_as = settings["compile"], settings["vae_precision"]
             if load_as != loaded_as:
-                sit = sit if loaded_as is None else load_sit(info["source"], config.ema, config.checkpoint_format)[0]
+                if loaded_as is not None:
+                    sit = load_sit(info["source"], config.ema, config.checkpoint_format)[0]
+                    guide = load_guide(config, sit, info)
                 vae, loaded_as = load_vae(info["vae"]), load_as
                 shape = settings["resolution"], settings["latent_shape"]
                 check_vae(vae, info["vae"], settings["vae_digest"], "the checkpoint", *shape)
                 drawn_by = decoder_digest(vae)
-                put_on_device(sit, vae, device, *load_as)
+                put_on_device(sit, vae, device, *load_as, guide)
             if settings["vae_decoder"] not in (None, drawn_by):
                 raise ValueError(
                     f"--vae: expected the decoder that {directory} was begun with (digest "
                     f"{settings['vae_decoder'][:12]}...), found another in {info['vae']} ({drawn_by[:12]}...)"
                 )
             stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-            generator = SampleGenerator(settings, sit, vae, info, classes, device, stream)
+            generator = SampleGenerator(settings, sit, vae, info, classes, device, stream, guide)
             if settings["batch_size"] is None:
                 settings["batch_size"] = find_batch_size(generator, processes)
             # The reference is measured once, before the first image is drawn.
@@ -139,7 +142,8 @@ def load_model(config: SampleConfig, checkpoint: str, rank: int) -> tuple[SiT, d
             f"channels (the SD-VAE's), found {sit.config.in_channels} channels; fine-tune it on a store by train.py "
             f"--init-from, whose checkpoints tell it"
         )
-    if not has_null_class(info) and any(scale != 1 for scale in config.guidance_scale):
+    untrained = not (has_null_class(info) or config.autoguidance)
+    if untrained and any(scale != 1 for scale in config.guidance_scale):
         raise ValueError(
             f"--guidance-scale: expected 1 for {checkpoint}, which was trained with --label-dropout 0: its null "
             f"class was never trained, found {' '.join(f'{scale:g}' for scale in config.guidance_scale)}"
@@ -148,6 +152,30 @@ def load_model(config: SampleConfig, checkpoint: str, rank: int) -> tuple[SiT, d
     if info["vae_digest"] == UNKNOWN_VAE and rank == 0:  # any VAE is accepted, and recorded for each set
         print(f"{checkpoint} does not say which VAE it was trained with: taking {info['vae']}", flush=True)
     return sit, info
+
+
+def load_guide(config: SampleConfig, sit: SiT, info: dict[str, Any]) -> SiT | None:
+    """The SiT of --autoguidance on the CPU, if there is one; its digest is put into `info`.
+
+    Raises:
+        ValueError: it was not trained on the same latents, classes and path.
+    """
+    if config.autoguidance is None:
+        return None
+    guide, found = load_sit(config.autoguidance)
+
+    def facts(sit: SiT, info: dict[str, Any]) -> tuple:
+        config = sit.config
+        names = "path_type", "scale"
+        return config.in_channels, config.latent_size, config.num_classes, *(info[name] for name in names)
+
+    if facts(guide, found) != facts(sit, info):
+        raise ValueError(
+            f"--autoguidance: expected a model of the same channels, latent size, classes, path and latent scale as "
+            f"{info['source']} {facts(sit, info)}, found {facts(guide, found)} in {config.autoguidance}"
+        )
+    info["autoguidance_digest"] = found["digest"]
+    return guide
 
 
 def identify_vae(config: SampleConfig, info: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def guided_velocity(
     interval: tuple[float, float],
     autocast: torch.dtype | None = None,
     channels: str = "all",
+    guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Velocity:
     """The velocity of a class-conditional model, with classifier-free guidance on an interval of times.
 
@@ -42,6 +43,8 @@ def guided_velocity(
         autocast: dtype in which the network computes on the device of x, such as `torch.bfloat16`; `None` leaves
             whatever autocast the caller has.
         channels: "all"; or "3": the others are those of v_class, as in the code of DiT and SiT.
+        guide: a weaker model, called like `model`: its velocity for y stands for v_null (autoguidance, Karras et al.
+            2024, Eq. 3 there).
 
     Returns:
         A function of (x (N, C, H, W), t float) that gives the velocity (N, C, H, W) float64. A third argument, a time,
@@ -62,7 +65,7 @@ def guided_velocity(
         raise ValueError(f"expected 3 or all (--guidance-channels), found {channels!r}")
     y_both = torch.cat([y, torch.full_like(y, null_class)])  # (2N,)
 
-    def network(x: Tensor, t: float, y: Tensor) -> Tensor:  # (M, C, H, W), (M,) -> (M, C, H, W)
+    def network(x: Tensor, t: float, y: Tensor, model=model) -> Tensor:  # (M, C, H, W), (M,) -> (M, C, H, W)
         t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         with torch.autocast(x.device.type, autocast) if autocast else nullcontext():
             return model(x.float(), t, y).double()
@@ -71,7 +74,10 @@ def guided_velocity(
         gate = t if gate is None else gate
         if scale == 1 or not low - ROUNDING <= gate <= high + ROUNDING:
             return network(x, t, y)
-        v_class, v_null = network(torch.cat([x, x]), t, y_both).chunk(2)
+        if guide is None:
+            v_class, v_null = network(torch.cat([x, x]), t, y_both).chunk(2)
+        else:
+            v_class, v_null = network(x, t, y), network(x, t, y, guide)
         v = v_null + scale * (v_class - v_null)
         return v if channels == "all" else torch.cat([v[:, :3], v_class[:, 3:]], dim=1)
 

@@ -91,6 +91,10 @@ class SampleConfig:
         "all", "guide all channels, or the first 3 as DiT's and SiT's code", choices=CHANNELS
     )
 
+    autoguidance: str | None = _solver(
+        None, "checkpoint of a smaller or less trained model, whose velocity stands for v_null"
+    )
+
     per_proc_batch_size: str = _speed("64", f"images per batch of a process: a multiple of {BLOCK}, or auto: {_AUTO}")
     mixed_precision: str | None = _precision("precision of the network; by default bf16 on a GPU, no on a CPU")
     vae_precision: str | None = _precision("precision of the decoder; by default bf16 on a GPU, no on a CPU")
@@ -112,6 +116,8 @@ class SampleConfig:
         lone = self.sampler == "sde" and self.last_step == "none" and self.num_steps == 1
         check(self, "num_steps", not lone, "at least 2 beside --last-step none")
         check(self, "guidance_scale", all(abs(k) < float("inf") for k in self.guidance_scale), "finite scales")
+        guided = self.autoguidance is None or set(self.guidance_scale) != {1}
+        check(self, "autoguidance", guided, "a --guidance-scale other than 1 beside it")
         lows, highs = len(self.guidance_low), len(self.guidance_high)
         check(self, "guidance_high", lows == highs or 1 in (lows, highs), f"as many times as --guidance-low ({lows})")
         for low, high in self.guidance_intervals():
@@ -134,6 +140,12 @@ class SampleConfig:
         intervals = self.guidance_intervals()
         found = [(k, interval) for k in self.guidance_scale for interval in (intervals[:1] if k == 1 else intervals)]
         return [
-            dataclasses.replace(self, guidance_scale=(scale,), guidance_low=(low,), guidance_high=(high,))
+            dataclasses.replace(
+                self,
+                guidance_scale=(scale,),
+                guidance_low=(low,),
+                guidance_high=(high,),
+                autoguidance=None if scale == 1 else self.autoguidance,
+            )
             for scale, (low, high) in dict.fromkeys(found)
         ]

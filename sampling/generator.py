@@ -44,6 +44,7 @@ def sample_latents(
     last_step_size: float = 0.04,
     autocast: torch.dtype | None = None,
     guidance_channels: str = "all",
+    guide: SiT | None = None,
     **options: Any,
 ) -> Tensor:  # (N,) -> (N, C, H, W) float64
     """Draw latents at t = 0, scaled as the model was trained with.
@@ -56,14 +57,14 @@ def sample_latents(
         sampler: one of `SAMPLERS`.
         num_steps: as in `sample_ode` and `sample_sde`.
         interpolant: the path the model was trained on.
-        guidance_scale, guidance_interval, guidance_channels, autocast: as in `guided_velocity`.
+        guidance_scale, guidance_interval, guidance_channels, guide, autocast: as in `guided_velocity`.
         last_step_size: as in `sample_sde`; of no effect on the other samplers.
         options: further arguments of the solver; `SAMPLER_OPTIONS` has their names.
 
     Raises:
         ValueError: unknown sampler, or a setting out of range.
     """
-    guidance = guidance_scale, guidance_interval, autocast, guidance_channels
+    guidance = guidance_scale, guidance_interval, autocast, guidance_channels, guide
     if sampler == "ode-dopri5":  # block by block, so that an image's steps do not depend on the size of the batch
         blocks = zip(noise().split(BLOCK), y.split(BLOCK), strict=True)
         velocities = ((x, guided_velocity(sit, y, sit.config.num_classes, *guidance)) for x, y in blocks)
@@ -95,14 +96,20 @@ def decode_latents(
 
 
 def put_on_device(
-    sit: SiT, vae: AutoencoderKL, device: torch.device, compile: bool = False, vae_precision: str = "no"
+    sit: SiT,
+    vae: AutoencoderKL,
+    device: torch.device,
+    compile: bool = False,
+    vae_precision: str = "no",
+    guide: SiT | None = None,
 ) -> None:
-    """Move SiT and VAE to a device; on demand compile the SiT's blocks, and decode in "bf16" instead of float32."""
+    """Move SiT, VAE and guide to a device; on demand compile the SiTs' blocks, and decode in "bf16", not float32."""
     if vae_precision == "bf16":  # its convolutions run on the GPU's matrix units, channels last
         vae.bfloat16().to(memory_format=torch.channels_last)
-    if compile:  # two static shapes: a batch, and with guidance a doubled one
-        compile_each(sit.blocks)
-    sit.to(device)
+    for model in (sit, guide) if guide else (sit,):
+        if compile:  # two static shapes: a batch, and with guidance a doubled one
+            compile_each(model.blocks)
+        model.to(device)
     vae.to(device)
 
 
@@ -171,6 +178,7 @@ class SampleGenerator:
         info: what `load_sit` tells of `sit`; of it, `scale` is read.
         classes: the classes to draw from, (K,) int64.
         stream: the side stream; `None` decodes in the current one.
+        guide: the weaker model of autoguidance, on the device.
     """
 
     settings: dict[str, Any]
@@ -180,6 +188,7 @@ class SampleGenerator:
     classes: np.ndarray
     device: torch.device
     stream: torch.cuda.Stream | None = None
+    guide: SiT | None = None
 
     def labels(self, first: int, count: int) -> np.ndarray:  # -> (count,) int64
         return draw_labels(self.settings["labels"], self.classes, self.settings["seed"], first, count)
@@ -193,6 +202,7 @@ class SampleGenerator:
         guidance = settings["guidance_scale"], settings["guidance_interval"] or (0.0, 1.0)
         autocast = torch.bfloat16 if settings["mixed_precision"] == "bf16" else None
         options = {name: settings[name] for name in SAMPLER_OPTIONS.get(settings["sampler"], ())}
+        options["guide"] = self.guide
         options["guidance_channels"] = settings["guidance_channels"] or "all"
         last_step_size = settings["last_step_size"] or 0.04  # None where it has no effect
         return sample_latents(self.sit, y, noise, *solver, *guidance, last_step_size, autocast, **options)

@@ -35,7 +35,11 @@ _FACTS = (
 )
 SETTINGS = {name: fields_of(SampleConfig)[name] for name in FLAGS}
 SETTINGS |= {name: Field() for name in _FACTS.split()}
-SETTINGS |= {"checkpoint_format": Field(historic="vae-repa"), "vae_decoder": Field(None)}
+SETTINGS |= {
+    "checkpoint_format": Field(historic="vae-repa"),
+    "vae_decoder": Field(None),
+    "autoguidance_digest": Field(None),
+}
 # Beside the settings, which an unfinished set has alone.
 _ABOUT = "checkpoint vae class_names processes device timing versions git_revision machine date npz_sha256"
 RECORD = {"settings": Field()} | {name: Field(None) for name in ("format", "version", *_ABOUT.split())}
@@ -62,6 +66,7 @@ def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch
         "tf32": config.tf32 and on_gpu,
         "checkpoint_digest": info["digest"],
         "checkpoint_format": info["format"],
+        "autoguidance_digest": info.get("autoguidance_digest"),
         "diffusion": "2t" if as_of_old else None,
         "guidance_scale": scale,
         "guidance_interval": interval,
@@ -85,7 +90,7 @@ def _without_unused(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["sampler"] == "ode-dopri5":
         unused.append("num_steps")
     if settings["guidance_scale"] == 1:
-        unused += ["guidance_interval", "guidance_channels"]
+        unused += ["guidance_interval", "guidance_channels", "autoguidance_digest"]
     return settings | dict.fromkeys(unused)
 
 

@@ -163,7 +163,8 @@ def choose_directory(config: SampleConfig, one: SampleConfig, info: dict[str, An
     source = Path(info["source"]).absolute()
     run_dir, model = (source.parent, source.stem) if source.is_file() else (source.parent.parent, source.name)
     (scale,), (interval,) = one.guidance_scale, one.guidance_intervals()
-    name = f"{model}-{one.sampler}{'' if one.sampler == 'ode-dopri5' else one.num_steps}-cfg{scale:g}"
+    steps, guidance = "" if one.sampler == "ode-dopri5" else one.num_steps, "auto" if one.autoguidance else "cfg"
+    name = f"{model}-{one.sampler}{steps}-{guidance}{scale:g}"
     if scale != 1 and interval != (0.0, 1.0):
         name += "-t{:g}-{:g}".format(*interval)
     name += f"-seed{one.seed}-n{one.num_samples}" + (f"-ema-{one.ema}" if one.ema else "")

@@ -34,7 +34,7 @@ from runtime.files import read_checksummed_json, to_checksummed_json, to_json
 from runtime.seeding import block_generator
 from sampling import writer
 from sampling.config import BLOCK, DIFFUSION_FORMS, LAST_STEPS, SampleConfig
-from sampling.generator import SampleGenerator, draw_labels
+from sampling.generator import SampleGenerator, block_noise, draw_labels
 from tests.stores import make_store, make_vae, save_checkpoint
 from tests.test_train import run
 
@@ -762,6 +762,50 @@ def test_guidance_by_a_null_class_that_was_never_trained_is_refused(tmp_path, ca
     AcceleratorState._reset_state(reset_partial_state=True)
     line = refused(capsys, ["--checkpoint", folder, "--guidance-scale", 4, "--num-samples", 16, "--device", "cpu"])
     assert "which was trained with --label-dropout 0" in line
+
+
+@pytest.fixture(scope="module")
+def weaker(tmp_path_factory):
+    """A checkpoint of other weights."""
+    return make_checkpoint(tmp_path_factory.mktemp("weaker"), lambda sit: sit.final_layer.linear.weight.mul_(0.5))
+
+
+def test_autoguidance_is_by_the_other_checkpoint_and_recorded(checkpoint, whole, weaker, tmp_path, capsys):
+    images, labels = draw(checkpoint, tmp_path / "auto", num_samples=16, autoguidance=weaker)
+    (sit, info), (guide, found) = load_sit(checkpoint), load_sit(weaker)
+    y, noise = torch.from_numpy(labels), block_noise(0, 0, BLOCK, (4, 4, 4), "cpu")
+    velocity = guided_velocity(sit, y, K, 2.0, (0.0, 1.0), guide=guide)
+    z = sample_sde(velocity, noise(), 3, noise, Interpolant("linear"), 0.04)
+    assert np.array_equal(images, decode_images(load_vae(info["vae"]), z.float(), info["scale"]).numpy())
+    with np.load(whole / "samples.npz") as archive:
+        assert not np.array_equal(images, archive["arr_0"][:16])
+    settings = json.loads((tmp_path / "auto" / "samples.json").read_text())["settings"]
+    assert settings["autoguidance_digest"] == found["digest"]
+    assert "autoguidance_digest" in refused(capsys, arguments(checkpoint, tmp_path / "auto", num_samples=16))
+    sample_ddp.main(arguments(checkpoint, tmp_path / "auto", num_samples=16, autoguidance=weaker))
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_a_sweep_of_autoguidance_reloads_both_and_names_its_folders(checkpoint, weaker, tmp_path):
+    sweep = {"num_samples": 16, "autoguidance": weaker, "guidance_scale": (1.0, 3.0)}
+    sample_ddp.main(arguments(checkpoint, tmp_path / "sweep", **sweep))
+    draw(checkpoint, tmp_path / "alone", num_samples=16, autoguidance=weaker, guidance_scale=3.0)
+    assert same_npz(tmp_path / "sweep" / "run-0000007-sde3-auto3-seed0-n16", tmp_path / "alone")
+    plain = tmp_path / "sweep" / "run-0000007-sde3-cfg1-seed0-n16"
+    assert json.loads((plain / "samples.json").read_text())["settings"]["autoguidance_digest"] is None
+    draw(checkpoint, tmp_path / "plain", num_samples=16, guidance_scale=1.0)
+    assert same_npz(plain, tmp_path / "plain")
+
+
+def test_bad_autoguidance_is_named(checkpoint, weaker, tmp_path, capsys):
+    flags = arguments(checkpoint, tmp_path / "out", autoguidance=weaker, guidance_scale=1.0)
+    assert "--autoguidance: expected a --guidance-scale other than 1 beside it" in refused(capsys, flags)
+    other = make_checkpoint(tmp_path / "other", num_classes=K + 1)
+    line = refused(capsys, arguments(checkpoint, tmp_path / "out", autoguidance=other))
+    assert "--autoguidance: expected a model of the same channels, latent size, classes" in line
+    line = refused(capsys, arguments(checkpoint, tmp_path / "out", autoguidance="absent"))
+    assert "not a checkpoint: nothing at absent" in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.gpu

@@ -390,6 +390,19 @@ def test_guidance_of_three_channels_leaves_the_others_to_the_class():
         guided_velocity(sit, y, K, 2.5, (0.0, 1.0), channels="2")
 
 
+def test_autoguidance_is_edm2s_formula():
+    main, guide, y = random_sit(), random_sit(), torch.tensor([0, 2])
+    for parameter in guide.parameters():
+        parameter.mul_(0.8)
+    x, t = torch.randn(2, 4, 4, 4, dtype=torch.float64), torch.full((2,), 0.3)
+    v_main, v_guide = main(x.float(), t, y).double(), guide(x.float(), t, y).double()
+    models = Recorder(main), Recorder(guide)
+    velocity = guided_velocity(models[0], y, K, 2.5, (0.2, 1.0), guide=models[1])
+    torch.testing.assert_close(velocity(x, 0.3), v_guide + 2.5 * (v_main - v_guide), rtol=1e-5, atol=1e-6)
+    assert torch.equal(velocity(x, 0.1), guided_velocity(main, y, K, 1.0, (0.0, 1.0))(x, 0.1))
+    assert [model.sizes for model in models] == [[2, 2], [2]]  # outside its interval the guide is not asked
+
+
 def test_scale_one_is_no_guidance_exactly_and_costs_nothing():
     sit, y = random_sit(), torch.tensor([0, 2])
     x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
