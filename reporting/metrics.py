@@ -48,7 +48,8 @@ def describe(one: Samples, with_run: bool) -> str:
     parts = [one.run] if with_run else []
     parts += [f"step {one.step:,}"] if one.step >= 0 else []
     parts.append("no guidance" if one.scale == 1 else f"guidance {one.scale:g} on {one.interval}")
-    parts.append(f"{one.settings.get('sampler', 'unknown solver')}, {one.settings.get('num_steps')} steps")
+    steps = one.settings.get("num_steps")
+    parts.append(one.settings.get("sampler", "unknown solver") + (f", {steps} steps" if steps else ""))
     return ", ".join(parts)
 
 

@@ -1,5 +1,6 @@
 """The page about runs: true to the log, harmless, bounded, and working in a real browser."""
 
+import dataclasses
 import html
 import itertools
 import json
@@ -420,7 +421,9 @@ def test_samples_of_older_records_are_compared_with_newer_ones(tmp_path):
     old = add_samples(run / "samples" / "old", 10, 1.0, {"fid": 5.0})
     record = json.loads((old / "samples.json").read_text())["settings"]
     record = {("last_step_size" if name == "last_t" else name): value for name, value in record.items()}
-    record |= {"step": 20, "unknown_yet": 1}
+    record |= {"step": 20, "unknown_yet": 1, "diffusion_form": "linear", "diffusion_norm": 1.0, "last_step": "mean"}
+    record |= {"guidance_channels": "all", "autoguidance_digest": None, "atol": None, "rtol": None}
+    record |= {"uint8_rule": "floor(clamp(127.5 * x + 128, 0, 255))"}
     new = run / "samples" / "new"
     new.mkdir()
     (new / "samples.json").write_text(json.dumps({"settings": record}))
@@ -428,6 +431,18 @@ def test_samples_of_older_records_are_compared_with_newer_ones(tmp_path):
     one, two = found.samples
     assert one.recipe() == two.recipe()
     assert "last step of 0.04" in one.recipe()
+    for name, value, text in (
+        ("diffusion_form", "sigma", "diffusion sigma"),
+        ("diffusion_norm", 0.5, "diffusion norm 0.5"),
+        ("last_step", "euler", "last step by euler"),
+        ("atol", 1e-6, "atol 1e-06"),
+        ("rtol", 1e-3, "rtol 0.001"),
+        ("guidance_channels", "3", "on 3 channels"),
+        ("autoguidance_digest", "ab" * 32, "autoguided by abababababab"),
+        ("uint8_rule", "floor(clamp(255 * (x + 1) / 2, 0, 255))", "pixels cut off"),
+    ):
+        other = dataclasses.replace(two, settings=two.settings | {name: value})
+        assert set(other.recipe()) - set(one.recipe()) == {text}
 
 
 def test_hours_add_up_over_changes_of_speed_and_of_rows():
