@@ -352,13 +352,14 @@ def test_a_file_of_another_project_takes_what_it_lacks_from_the_store(tmp_path):
     vae = make_vae(tmp_path / "vae", channels=3)
     make_store(tmp_path / "store", 40, K, SIZE, channels=3, vae=vae)
     settings = {"checkpoint": str(tmp_path / "other.pt"), "data_dir": str(tmp_path / "store"), "device": "cpu"}
+    settings["checkpoint_format"] = "sit"
     config = ProbeConfig(**settings, depths=(1, 6), noise_levels=(0.5,))
     record = probe.probe(config)
     assert np.isfinite(record["metrics"]["probe_r2"]["blocks"]).all()
     assert (tmp_path / "features" / "features-pca.png").is_file()
     images = (str(save_image(tmp_path / "a.png", 40, 40)),)
     with pytest.raises(ValueError, match=r"expected to know the scale of the latents.*give a --data-dir"):
-        probe.probe(ProbeConfig(checkpoint=config.checkpoint, images=images, device="cpu"))
+        probe.probe(ProbeConfig(**settings | {"data_dir": None}, images=images))
 
 
 def results_of(*rows):
