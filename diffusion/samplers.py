@@ -1,6 +1,6 @@
 """From noise to data: solvers of the probability-flow ODE (Eq. 2) and of the reverse SDE.
 
-`sampling.generator.sample_latents` chooses among them by name.
+`sampling.generator.sample_latents` chooses among them by name; `SAMPLERS` in `sampling/config.py` lists the names.
 
 Time runs from t = 1 (noise) down to t = 0 (data). The state is float64 throughout, so that hundreds of small steps add
 up without loss; the network sees float32, or less under autocast.

@@ -67,7 +67,10 @@ def write_at(descriptor: int, content: Any, offset: int) -> None:
 
 @contextlib.contextmanager
 def full_disk_is_an_error(directory: str | Path) -> Iterator[None]:
-    """A disk that runs full inside becomes one line.
+    """A disk that runs full inside, a quota or a limit of size that is reached, becomes one line.
+
+    While training all but a checkpoint is a warning instead: see `reporting/log.py`, `training/ema.py`, and
+    `log_samples` and `write_html_report` in `train.py`; `training/checkpoint.py` keeps the last good one.
 
     Raises:
         ValueError: the disk of `directory` is full.
@@ -75,9 +78,10 @@ def full_disk_is_an_error(directory: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise ValueError(f"{directory}: the disk is full; make room and run the same command again") from error
+        reason = "the disk is full" if error.errno == errno.ENOSPC else f"the disk says '{error.strerror}'"
+        raise ValueError(f"{directory}: {reason}; make room and run the same command again") from error
 
 
 def to_json(content: Any) -> str:

@@ -1,4 +1,5 @@
 import copy
+import errno
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from analysis.posthoc_ema import combine, profile
+from training import ema as ema_module
 from training.config import TrainConfig
 from training.ema import EMAUpdater, decays, gamma_of, power_decay
 
@@ -34,6 +36,19 @@ def test_buffers_are_copied():
     model(torch.randn(8, 2))
     EMAUpdater([ema], model, [lambda k: 0.5]).update(0)
     assert torch.equal(ema.running_mean, model.running_mean)
+
+
+def test_a_full_disk_costs_a_snapshot_and_no_more(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    emas = {"ema": nn.Linear(2, 2), "ema-power-0.05": nn.Linear(2, 2)}
+    monkeypatch.setattr(ema_module, "write_atomically", full)
+    with pytest.warns(UserWarning, match="no EMA snapshot of step 4 in .*ema_snapshots.*No space left"):
+        ema_module.save_snapshots(tmp_path, 4, emas)
+    monkeypatch.undo()
+    ema_module.save_snapshots(tmp_path, 5, emas)
+    assert [file.name for file in tmp_path.rglob("*.safetensors")] == ["0000005.safetensors"]
 
 
 def test_other_architectures_are_refused():

@@ -1,6 +1,7 @@
 """Counts that no machine changes: host reads, graph breaks and recompilations, MACs, operators of a step."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import train
 from models.aligned import AlignedSiT
 from models.projector import Projector
 from models.sit import SiT, SiTConfig
+from runtime.distributed import compile_each
 from tests.stores import make_store, make_vae
 from tests.test_methods import _fresh_accelerate  # noqa: F401
 from tests.test_train import run
@@ -165,3 +167,17 @@ def test_no_steady_step_waits_for_the_gpu(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "train_step", watched)
     run(data, tmp_path, max_train_steps=6, log_every=100, align="sra+vae", mixed_precision="bf16")
+
+
+def test_one_process_may_compile_many_models_for_many_shapes(monkeypatch):
+    """Blocks of all models share their code, so that a limit of graphs for each code would be met by all together."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile, backend="eager"))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(cache_size_limit=2, accumulated_cache_size_limit=4):
+        for width in range(1, 6):
+            modules = [torch.nn.Sequential(torch.nn.Linear(width, width)) for _ in range(2)]
+            compile_each(modules)
+            for batch in range(1, 5):
+                assert all(module(torch.ones(batch, width)).shape == (batch, width) for module in modules)
+    torch._dynamo.reset()

@@ -163,13 +163,21 @@ def test_who_ends_does_not_take_the_lock_of_who_comes_next(tmp_path, monkeypatch
     held[0].release()
 
 
-def test_a_full_disk_at_the_picture_for_the_eye_is_one_line_too(images, vae, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "the disk says 'Disk quota exceeded'"),
+        (errno.EFBIG, "the disk says 'File too large'"),
+    ],
+)
+def test_a_full_disk_at_the_picture_for_the_eye_is_one_line_too(code, message, images, vae, tmp_path, monkeypatch):
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
     save = dump_latents.save_image
     monkeypatch.setattr(dump_latents, "save_image", full)
-    with pytest.raises(ValueError, match="the disk is full; make room and run the same command again"):
+    with pytest.raises(ValueError, match=f"{message}; make room and run the same command again"):
         dump(images, tmp_path / "store", vae, "--verify", 2)
     monkeypatch.setattr(dump_latents, "save_image", save)
     dump(images, tmp_path / "store", vae, "--verify", 2)

@@ -41,6 +41,8 @@ def make_records(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What goes into a run's `config.json`, and into `state.json` of its checkpoints beside step and digests.
 
+    A new field of `state.json` needs its historic value in `STATE` of `models/load.py`, which reads it.
+
     Args:
         config: with every None decided.
         store: the latents. Its digest is the one by which it is known again.

@@ -7,6 +7,7 @@ combined to one of another width after training (Section 3.2): `analysis/posthoc
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -48,13 +49,19 @@ def gamma_of(sigma_rel: float) -> float:
 
 
 def save_snapshots(run_dir: Path, step: int, emas: Mapping[str, nn.Module]) -> None:
-    """Keep the power functions' EMAs as they are after `step` steps, in float16, for `analysis/posthoc_ema.py`."""
+    """Keep the power functions' EMAs as they are after `step` steps, in float16, for `analysis/posthoc_ema.py`.
+
+    A full disk is a warning: training continues.
+    """
     for name, ema in emas.items():
         if name.startswith(POWER):
             weights = {key: value.half().cpu() for key, value in ema.state_dict().items()}
             directory = run_dir / "ema_snapshots" / name.removeprefix(POWER)
-            directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(directory / f"{step:07d}.safetensors", save(weights))
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                write_atomically(directory / f"{step:07d}.safetensors", save(weights))
+            except OSError as error:
+                warnings.warn(f"no EMA snapshot of step {step} in {directory}: {error}", stacklevel=2)
 
 
 class EMAUpdater:
