@@ -326,6 +326,7 @@ def test_names_do_not_disturb_the_curves(name, vae, tmp_path, capsys):
             r"expected a step that all runs have .* found none \(a: 10, 20; b: 11, 21\); give --no-images",
         ),
         ({"steps": ()}, r"found none \(a: 10, 20; b: none\)"),
+        ({"config": {"label_dropout": 0.0}}, "--guidance-scale: expected 1 for b, .*: it has no null class, found"),
     ],
 )
 def test_runs_that_do_not_fit_are_refused(changes, expected, vae, tmp_path):

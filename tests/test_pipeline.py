@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from runtime.files import Field
 from sampling.pipeline import VAEREPAPipeline, class_numbers
 from tests.stores import make_vae
 from tests.test_publish import NAMES, cache_model, make_checkpoint, pixels
+from training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,6 +56,7 @@ def test_a_fresh_process_loads_it_by_name_without_the_code_of_training(published
     code = """
 import sys
 sys.modules["accelerate"] = None
+from dataclasses import asdict
 from pathlib import Path
 from runtime.files import Field
 from sampling.pipeline import VAEREPAPipeline
@@ -186,6 +189,16 @@ def test_settings_that_cannot_be(pipe, options, expected):
     with pytest.raises(ValueError, match=re.escape(expected)):
         pipe([0], **options)
     assert len(pipe([0], num_inference_steps=1, height=16, width=16).images) == 1
+
+
+def test_a_null_class_that_was_not_trained_does_not_guide(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, config=asdict(TrainConfig(data_dir="data", label_dropout=0.0)))
+    publish.main([str(checkpoint), "--output-dir", str(tmp_path / "small"), "--include-vae"])
+    plain = VAEREPAPipeline.from_pretrained(tmp_path / "small", device="cpu")
+    with pytest.raises(ValueError, match=r"guidance_scale: expected 1 .*it has no null class.*found 4"):
+        plain([0], guidance_scale=4.0, num_inference_steps=1)
+    assert len(plain([0], guidance_scale=1.0, num_inference_steps=1).images) == 1
+    assert "guidance_scale=1.0" in (tmp_path / "small" / "README.md").read_text()
 
 
 def test_samples_that_are_not_finite_are_refused(published):

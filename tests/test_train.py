@@ -265,6 +265,18 @@ def test_fine_tuning_starts_at_the_sources_average_with_fresh_moments(data, tmp_
     assert load.read_state(load.latest_checkpoint(tuned))["initial"] == initial
 
 
+def test_fine_tuning_from_bare_weights_asks_whose_they_are(data, tmp_path):
+    """The same tensors mean another model in SiT's files (time runs the other way) and in REPA's."""
+    source = weights(run(data, tmp_path / "source", learning_rate=3e-3, seed=1), "ema")
+    torch.save(source, tmp_path / "bare.pt")
+    settings = {"init_from": str(tmp_path / "bare.pt"), "learning_rate": 1e-30, "adam_weight_decay": 0.0}
+    with pytest.raises(ValueError, match=r"say whose by .*--init-format\) sit, repa, sra"):
+        run(data, tmp_path, **settings)
+    tuned = [weights(run(data, tmp_path / kind, init_format=kind, **settings), "ema") for kind in ("repa", "sit")]
+    assert near(tuned[0], source)
+    assert not near(tuned[1], source)
+
+
 def test_fine_tuning_on_other_classes_has_a_new_label_table(data, tmp_path, capsys):
     source = run(data, tmp_path / "source", learning_rate=3e-3)
     tuned = run(data, tmp_path, init_from=source, num_classes=7, learning_rate=1e-30, seed=2)
