@@ -198,7 +198,7 @@ def test_a_null_class_that_was_not_trained_does_not_guide(tmp_path):
     with pytest.raises(ValueError, match=r"guidance_scale: expected 1 .*it has no null class.*found 4"):
         plain([0], guidance_scale=4.0, num_inference_steps=1)
     assert len(plain([0], guidance_scale=1.0, num_inference_steps=1).images) == 1
-    assert "guidance_scale=1.0" in (tmp_path / "small" / "README.md").read_text()
+    assert "guidance_scale=1," in (tmp_path / "small" / "README.md").read_text()
 
 
 def test_samples_that_are_not_finite_are_refused(published):
