@@ -80,10 +80,8 @@ def commands(config: DemoConfig, cores: int, gpus: int) -> dict[str, str]:
     sample = (
         f"torchrun --standalone --nproc_per_node={gpus or min(cores, 4)} sample_ddp.py"
         f" --num-samples {config.num_samples} --labels balanced --sampler ode-euler --num-steps 20"
-        f" --guidance-scale 2 --per-proc-batch-size 128 --mixed-precision no"
+        f" --guidance-scale 2 --per-proc-batch-size 128 --mixed-precision no --evaluate {out}/latents --features vae"
     )
-    evaluate = "python -m evaluations.evaluate"
-    metrics = f"--ref {out}/latents --features vae --vae demo/vae --distance fp32"
     steps = config.max_train_steps
     return {
         "digits": f"python -m demo.make_digits --output-dir {out}/digits",
@@ -94,8 +92,6 @@ def commands(config: DemoConfig, cores: int, gpus: int) -> dict[str, str]:
         f" --checkpoint {out}/run/checkpoints/0000001",
         "training": f"{train} --max-train-steps {steps}",
         "samples": f"{sample} --output-dir {out}/samples --checkpoint {out}/run/checkpoints/{steps:07d}",
-        "metrics before training": f"{evaluate} {out}/samples-before/samples.npz {metrics}",
-        "metrics": f"{evaluate} {out}/samples/samples.npz {metrics}",
         "report": f"python -m analysis.report {out}/run --samples {out}/samples-before {out}/samples"
         f" --output {out}/report.html",
     }

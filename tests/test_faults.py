@@ -27,7 +27,7 @@ def store(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "kills"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize(("processes", "kills"), [(1, 2), (2, 1)])
 def test_killed_training_ends_in_the_undisturbed_run_bit_for_bit(processes, kills, store, tmp_path):
     done = kill_many(
         partial(train_command, store, 60, processes=processes), weights, tmp_path, kills, random.Random(processes)
@@ -49,7 +49,7 @@ def test_killed_dumping_and_sampling_end_in_the_undisturbed_bytes(store, tmp_pat
         source = tmp_path / "digits"
         return launch("preprocessing/dump_latents.py", flags, source=source, output_dir=output, vae=vae)
 
-    done = kill_many(dump, contents, tmp_path / "dumps", 2, random.Random(0))
+    done = kill_many(dump, contents, tmp_path / "dumps", 1, random.Random(0))
     assert done["equal"] == done["runs"] >= 1
     run_whole(train_command(store, 1, tmp_path / "run"))
 
@@ -57,7 +57,7 @@ def test_killed_dumping_and_sampling_end_in_the_undisturbed_bytes(store, tmp_pat
         flags = "--num-samples 96 --num-steps 40 --per-proc-batch-size 16"
         return launch("sample_ddp.py", flags, checkpoint=tmp_path / "run", output_dir=output)
 
-    done = kill_many(sample, contents, tmp_path / "draws", 2, random.Random(0))
+    done = kill_many(sample, contents, tmp_path / "draws", 1, random.Random(0))
     assert done["equal"] == done["runs"] >= 1
 
 

@@ -717,17 +717,16 @@ def test_bad_flags_of_evaluation_are_named_before_anything_is_drawn(checkpoint, 
     assert not output.exists()
 
 
-@pytest.mark.slow
 def test_a_whole_set_is_measured_when_another_reference_is_asked_for(
     checkpoint, whole, reference, tmp_path, monkeypatch
 ):
     measured = []
     output = shutil.copytree(whole, tmp_path / "set")
-    asked = {"evaluate": reference, "features": "random"}
+    asked = {"evaluate": reference, "features": "vae"}
     sample_ddp.main(arguments(checkpoint, output, **asked))
     found = json.loads((output / "metrics.json").read_text())
-    evaluate.main([str(output / "samples.npz"), "--ref", str(reference), "--features", "random", "--device", "cpu",
-                   "--output", str(tmp_path / "offline.json")])  # fmt: skip
+    sides = [str(output / "samples.npz"), "--ref", str(reference), "--output", str(tmp_path / "offline.json")]
+    evaluate.main([*sides, "--features", "vae", "--vae", load_sit(checkpoint)[1]["vae"], "--device", "cpu"])
     assert found["metrics"] == pytest.approx(json.loads((tmp_path / "offline.json").read_text())["metrics"], rel=1e-6)
     before = (output / "metrics.json").stat().st_mtime_ns
     sample_ddp.main(arguments(checkpoint, output, **asked))
@@ -747,10 +746,11 @@ def test_a_set_whose_samples_are_gone_is_not_finished(checkpoint, whole, tmp_pat
     assert same_npz(output, whole)
 
 
-def test_the_record_beside_another_npz_is_not_taken_for_its_own(whole, reference, tmp_path, capsys):
+def test_the_record_beside_another_npz_is_not_taken_for_its_own(checkpoint, whole, reference, tmp_path, capsys):
     output = shutil.copytree(whole, tmp_path / "set")
     shutil.copyfile(reference, output / "samples.npz")
-    evaluate.main([str(output / "samples.npz"), "--ref", str(reference), "--features", "random", "--device", "cpu"])
+    sides = [str(output / "samples.npz"), "--ref", str(reference)]
+    evaluate.main([*sides, "--features", "vae", "--vae", load_sit(checkpoint)[1]["vae"], "--device", "cpu"])
     assert "is the record of another npz" in capsys.readouterr().err
     assert json.loads((output / "metrics.json").read_text())["sampling"] is None
 

@@ -104,7 +104,6 @@ def test_a_sweep_trains_measures_and_resumes(tmp_path, monkeypatch):
         "--output-dir",
         str(tmp_path / "out"),
         "--rows",
-        "vanilla",
         "layers-2",
         "--seeds",
         "0",
@@ -118,26 +117,26 @@ def test_a_sweep_trains_measures_and_resumes(tmp_path, monkeypatch):
     run = subprocess.run
 
     def stopped(command, **options):
-        if len(commands) == 5:
+        if len(commands) == 3:
             return subprocess.CompletedProcess(command, 2)
         commands.append(command)
         return run(command, **options)
 
     monkeypatch.setattr(sweep.subprocess, "run", stopped)
-    with pytest.raises(ValueError, match="vanilla, seed 1: sampling ended with code 2"):
+    with pytest.raises(ValueError, match="layers-2, seed 1: sampling ended with code 2"):
         sweep.main(flags)
     monkeypatch.setattr(sweep.subprocess, "run", lambda command, **options: commands.append(command) or run(command))
     sweep.main(flags)
-    assert len(commands) == 9  # 8, and the training that was asked for twice
+    assert len(commands) == 5  # 4, and the training that was asked for twice
     with open(tmp_path / "out" / "table.csv") as file:
-        vanilla, layers = csv.DictReader(file)
-    assert (vanilla["row"], vanilla["seeds"], vanilla["steps"]) == ("vanilla", "2", "2")
+        (layers,) = csv.DictReader(file)
+    assert (layers["row"], layers["seeds"], layers["steps"]) == ("layers-2", "2", "2")
     assert layers["flags"] == "--align-layers 2"
     assert float(layers["vae-frechet"]) > 0
     assert float(layers["fid (paper)"]) == 31.32
     assert "fid" not in layers  # measured on the VAE's features, which are no FID
     sweep.main(flags)
-    assert len(commands) == 9  # nothing is run again
+    assert len(commands) == 5  # nothing is run again
 
 
 @pytest.mark.parametrize(
