@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.interpolant import Interpolant, at_least_float32
+from diffusion.interpolant import B_FLOOR, Interpolant, at_least_float32
 
 
 def _smooth_l1(f: Tensor, target: Tensor, beta: float) -> Tensor:  # (N, T, D), (N, T, D) -> (N,)
@@ -104,7 +104,8 @@ def training_loss(
     """All terms of Eq. 8 for one batch.
 
     Args:
-        model: (y_t, t, y) -> velocity (N, ...) and {name: projected tokens (N, T, D)}, as `AlignedSiT`.
+        model: (y_t, t, y) -> the prediction that `interpolant` names, (N, ...), and
+            {name: projected tokens (N, T, D)}, as `AlignedSiT`.
         z: (N, ...) clean scaled latents. eps: (N, ...) standard normal noise.
         t: (N,) times in [0, 1]. y: (N,) int64 classes, some already dropped to the null class.
         targets: {name: (N, T, D)}. A term without a target is not computed, and reported as 0.
@@ -114,9 +115,12 @@ def training_loss(
         {"total", "velocity", and "align_<name>" for each alignment, unweighted}: scalars in float32 or better.
     """
     y_t = interpolant.interpolate(z, eps, t)
-    velocity, projected = model(y_t, t, y)
+    output, projected = model(y_t, t, y)
+    velocity, target = interpolant.predicted_velocity(output, y_t, t, B_FLOOR), interpolant.velocity(z, eps, t)
+    if interpolant.prediction == "x":  # with the same divisor, so that the exact z has no loss
+        target = interpolant.predicted_velocity(z, y_t, t, B_FLOOR)
     # Eq. 4: a mean per sample, then over the batch.
-    error = at_least_float32(velocity) - interpolant.velocity(z, eps, t)
+    error = velocity - target
     losses = {"velocity": error.square().flatten(1).mean(dim=1).mean()}
     total = losses["velocity"]
     for name, alignment in alignments.items():

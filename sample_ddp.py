@@ -166,13 +166,14 @@ def load_guide(config: SampleConfig, sit: SiT, info: dict[str, Any]) -> SiT | No
 
     def facts(sit: SiT, info: dict[str, Any]) -> tuple:
         config = sit.config
-        names = "path_type", "scale"
+        names = "path_type", "prediction", "scale"
         return config.in_channels, config.latent_size, config.num_classes, *(info[name] for name in names)
 
     if facts(guide, found) != facts(sit, info):
         raise ValueError(
-            f"--autoguidance: expected a model of the same channels, latent size, classes, path and latent scale as "
-            f"{info['source']} {facts(sit, info)}, found {facts(guide, found)} in {config.autoguidance}"
+            f"--autoguidance: expected a model of the same channels, latent size, classes, path, prediction "
+            f"and latent scale as {info['source']} {facts(sit, info)}, found {facts(guide, found)} in "
+            f"{config.autoguidance}"
         )
     info["autoguidance_digest"] = found["digest"]
     return guide

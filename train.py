@@ -29,6 +29,7 @@ from torchvision.utils import make_grid, save_image
 
 from alignment.registry import needs_of
 from alignment.terms import Batch
+from diffusion.interpolant import Interpolant, choose_shift, shift_time
 from loss import Alignment, training_loss
 from models.load import latest_checkpoint
 from models.sit import SiTConfig
@@ -48,12 +49,15 @@ from training.setup import Run, describe, setup, warn_of_scale, warn_of_settings
 def step_noise(config: TrainConfig, step: int, sit: SiTConfig, device: torch.device) -> dict[str, Tensor]:
     """The random numbers of a step, for the whole global batch B, by purpose.
 
-    "posterior" and "noise" (B, C, H, W) normal; "time" (B,) uniform; "dropout" (B,) bool, the labels to drop; and where
-    a method needs it "t_offset" (B,) uniform. Each has a stream of its own: no method changes another's draws.
+    "posterior" and "noise" (B, C, H, W) normal; "time" (B,) in [0, 1], uniform unless --time-distribution or
+    --time-shift say otherwise; "dropout" (B,) bool, the labels to drop; and where a method needs it "t_offset" (B,)
+    uniform. Each has a stream of its own: no method changes another's draws.
     """
     B, latent_shape = config.batch_size, (sit.in_channels, sit.latent_size, sit.latent_size)
     normal, uniform = functools.partial(torch.randn, B, *latent_shape), functools.partial(torch.rand, B)
-    kinds = {"posterior": normal, "noise": normal, "time": uniform, "dropout": uniform}
+    logit_normal = config.time_distribution == "logit-normal"
+    time = functools.partial(torch.randn, B) if logit_normal else uniform
+    kinds = {"posterior": normal, "noise": normal, "time": time, "dropout": uniform}
     kinds |= {"t_offset": uniform} if "t_offset" in needs_of(config.align) else {}
     draws = {
         purpose: kind(
@@ -61,7 +65,10 @@ def step_noise(config: TrainConfig, step: int, sit: SiTConfig, device: torch.dev
         )
         for purpose, kind in kinds.items()
     }
-    return draws | {"dropout": draws["dropout"] < config.label_dropout}
+    t = draws["time"]
+    t = Interpolant(config.path_type).time_at(config.time_mean + config.time_std * t) if logit_normal else t
+    t = shift_time(t, choose_shift(config.time_shift, latent_shape))
+    return draws | {"time": t, "dropout": draws["dropout"] < config.label_dropout}
 
 
 _STREAMS = {"t_offset": "lag"}  # a stream keeps the name that it was first drawn by: runs resume with the same numbers
@@ -129,7 +136,9 @@ def sample_grid(run: Run) -> Tensor:  # -> (count, R, R, 3) uint8
     # Without dropped labels the null class was never trained: nothing to guide with.
     guidance = config.sampling_guidance if config.label_dropout else 1.0
     with run.accelerator.autocast():
-        z = sample_latents(run.ema, y, lambda: x, "ode-euler", config.sampling_num_steps, run.interpolant, guidance)
+        solver = "ode-euler", config.sampling_num_steps, run.interpolant
+        shift = choose_shift(config.time_shift, x.shape[1:])
+        z = sample_latents(run.ema, y, lambda: x, *solver, guidance, time_shift=shift)
     return decode_latents(run.vae, z, run.scale)[0]
 
 

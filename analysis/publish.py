@@ -303,7 +303,7 @@ def publish(config: PublishConfig) -> Path:
 def describe_model(records: Records, include_vae: bool) -> dict[str, Any]:
     """`config.json`: the fields of `SiTConfig`, and what sampling needs beside them."""
     info = records.info
-    names = "step path_type vae vae_digest resolution class_names".split()
+    names = "step path_type prediction time_shift vae vae_digest resolution class_names".split()
     content = {"format": FORMAT, "format_version": VERSION} | {name: info[name] for name in names}
     content |= {"weights_sha256": info["digest"], "latent_scale": info["scale"].to_dict()}
     content["null_class"] = has_null_class(info)

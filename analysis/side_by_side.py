@@ -83,9 +83,9 @@ def draw_images(
     def noise(step: int = -1) -> Tensor:  # -> (N, C, H, W)
         return blocks(step)[:count]
 
-    solver = config.sampler, config.num_steps, Interpolant(info["path_type"])
+    solver = config.sampler, config.num_steps, Interpolant(info["path_type"], info["prediction"])
     autocast = torch.bfloat16 if choose_precision(config, device) == "bf16" else None
-    z = sample_latents(sit, y, noise, *solver, config.guidance_scale, autocast=autocast)
+    z = sample_latents(sit, y, noise, *solver, config.guidance_scale, autocast=autocast, time_shift=info["time_shift"])
     images, finite = decode_latents(vae, z, info["scale"])
     if not finite.all():
         hint = "fix: --mixed-precision no, or a lower --guidance-scale"

@@ -12,6 +12,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from diffusion.interpolant import Interpolant
+
 ROUNDING = 1e-9  # of a time that falls on an end of the interval: both ends belong to it
 Velocity = Callable[..., Tensor]  # (x (N, ...) float64, t) -> (N, ...); see `guided_velocity` for a third argument
 
@@ -25,6 +27,7 @@ def guided_velocity(
     autocast: torch.dtype | None = None,
     channels: str = "all",
     guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    interpolant: Interpolant | None = None,
 ) -> Velocity:
     """The velocity of a class-conditional model, with classifier-free guidance on an interval of times.
 
@@ -45,6 +48,8 @@ def guided_velocity(
         channels: "all"; or "3": the others are those of v_class, as in the code of DiT and SiT.
         guide: a weaker model, called like `model`: its velocity for y stands for v_null (autoguidance, Karras et al.
             2024, Eq. 3 there).
+        interpolant: the path and what the models predict on it, if that is not the velocity. Of data that they predict
+            there is no velocity at t = 0.
 
     Returns:
         A function of (x (N, C, H, W), t float) that gives the velocity (N, C, H, W) float64. A third argument, a time,
@@ -63,12 +68,14 @@ def guided_velocity(
         )
     if channels not in ("3", "all"):
         raise ValueError(f"expected 3 or all (--guidance-channels), found {channels!r}")
+    interpolant = interpolant or Interpolant()
     y_both = torch.cat([y, torch.full_like(y, null_class)])  # (2N,)
 
     def network(x: Tensor, t: float, y: Tensor, model=model) -> Tensor:  # (M, C, H, W), (M,) -> (M, C, H, W)
-        t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+        times = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         with torch.autocast(x.device.type, autocast) if autocast else nullcontext():
-            return model(x.float(), t, y).double()
+            output = model(x.float(), times, y).double()
+        return interpolant.predicted_velocity(output, x, t)
 
     def velocity(x: Tensor, t: float, gate: float | None = None) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
         gate = t if gate is None else gate

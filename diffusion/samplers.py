@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffusion.guidance import Velocity, guided_velocity  # noqa: F401 (the public name is of this module)
-from diffusion.interpolant import Interpolant
+from diffusion.interpolant import Interpolant, shift_time
 
 LINEAR = Interpolant("linear")
 DIFFUSIONS = {  # SiT's forms of w_t / 2, of (t, norm, path)
@@ -32,6 +32,7 @@ DIFFUSIONS = {  # SiT's forms of w_t / 2, of (t, norm, path)
 }
 LAST_STEPS = ("none", "mean", "tweedie", "euler")
 SBDM_START = 1e-3  # 1 - t of its first step; SiT's sample_eps of the paths where one is needed
+LAST_TIME = 1e-3  # the same, at the other end, where data are predicted
 
 
 def _check_steps(num_steps: int, least: int = 1) -> None:
@@ -41,16 +42,25 @@ def _check_steps(num_steps: int, least: int = 1) -> None:
         )
 
 
-def _times(start: float, end: float, count: int) -> list[float]:
-    """`count` times at equal distances, both ends included and exact; one time is the start. Those of SiT and REPA."""
-    return torch.linspace(start, end, count, dtype=torch.float64).tolist()
+def _times(start: float, end: float, count: int, shift: float = 1.0) -> list[float]:
+    """`count` times, both ends included and exact; one time is the start. At equal distances, as those of SiT and REPA,
+    or at distances that are equal before `shift_time`."""
+    first, last = shift_time(start, 1 / shift), shift_time(end, 1 / shift)
+    times = shift_time(torch.linspace(first, last, count, dtype=torch.float64), shift).tolist()
+    return [start, *times[1:-1], end][:count]
 
 
 @torch.no_grad()
 def sample_ode(
-    velocity: Velocity, x: Tensor, num_steps: int, heun: bool = False, repa: bool = False
+    velocity: Velocity,
+    x: Tensor,
+    num_steps: int,
+    heun: bool = False,
+    repa: bool = False,
+    time_shift: float = 1.0,
+    ends_at_0: bool = True,
 ) -> Tensor:  # (N, ...) -> (N, ...)
-    """Solve dy = v(y, t) dt (Eq. 2) from t = 1 to t = 0 in equal steps.
+    """Solve dy = v(y, t) dt (Eq. 2) from t = 1 to t = 0, in equal steps but for a shift of time.
 
     Euler has order 1 and takes `num_steps` evaluations of the velocity. Heun has order 2 and takes 2 num_steps: the
     velocity exists at both ends of the path, so its last step needs no exception. REPA's Heun makes one, and takes
@@ -62,6 +72,8 @@ def sample_ode(
         num_steps: steps, at least 1.
         heun: correct each Euler step by the velocity where it leads.
         repa: but for the last step, and with the step's first time as a third argument of that velocity: REPA's code.
+        time_shift: of the steps' times, as in `shift_time`; positive.
+        ends_at_0: the velocity exists at t = 0. Where data are predicted it does not: Heun's last step is Euler's.
 
     Returns:
         The samples (N, ...), float64.
@@ -71,12 +83,12 @@ def sample_ode(
     """
     _check_steps(num_steps)
     x = x.double()
-    times = _times(1.0, 0.0, num_steps + 1)
+    times = _times(1.0, 0.0, num_steps + 1, time_shift)
     for t, t_next in itertools.pairwise(times):
         dt = t_next - t  # negative
         v = velocity(x, t).double()
         x_next = x + dt * v
-        if heun and not (repa and t_next == 0):
+        if heun and (t_next > 0 or (ends_at_0 and not repa)):
             v_next = velocity(x_next, t_next, t) if repa else velocity(x_next, t_next)
             x_next = x + dt * 0.5 * (v + v_next.double())
         x = x_next
@@ -84,7 +96,9 @@ def sample_ode(
 
 
 @torch.no_grad()
-def sample_dopri5(velocity: Velocity, x: Tensor, atol: float = 1e-6, rtol: float = 1e-3) -> Tensor:
+def sample_dopri5(
+    velocity: Velocity, x: Tensor, atol: float = 1e-6, rtol: float = 1e-3, ends_at_0: bool = True
+) -> Tensor:  # (N, ...) -> (N, ...)
     """Solve dy = v(y, t) dt (Eq. 2) from t = 1 to t = 0 by Dormand-Prince 5(4) in steps that suit all of x (N, ...).
 
     By torchdiffeq, with the tolerances of SiT. The last step ends at t = 0 (SiT's may go beyond, and interpolates).
@@ -93,6 +107,7 @@ def sample_dopri5(velocity: Velocity, x: Tensor, atol: float = 1e-6, rtol: float
         velocity: called with the state (N, ...) float64 and t as a float, as often as it needs.
         x: standard normal noise (N, ...), any floating type. All of it shares the steps.
         atol, rtol: positive; a step's error is a root mean square over x.
+        ends_at_0: as in `sample_ode`; else a step of Euler's ends there, from t = `LAST_TIME` on.
 
     Returns:
         The samples (N, ...), float64.
@@ -111,9 +126,11 @@ def sample_dopri5(velocity: Velocity, x: Tensor, atol: float = 1e-6, rtol: float
             )
         return v
 
-    ends = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
+    end = 0.0 if ends_at_0 else LAST_TIME
+    ends = torch.tensor([1.0, end], dtype=torch.float64, device=x.device)
     options = {"step_t": ends[1:]}
-    return odeint(finite_velocity, x.double(), ends, rtol=rtol, atol=atol, method="dopri5", options=options)[1]
+    x = odeint(finite_velocity, x.double(), ends, rtol=rtol, atol=atol, method="dopri5", options=options)[1]
+    return x if ends_at_0 else x - end * finite_velocity(ends[1], x)
 
 
 @torch.no_grad()
@@ -127,6 +144,7 @@ def sample_sde(
     diffusion_form: str = "linear",
     diffusion_norm: float = 1.0,
     last_step: str = "mean",
+    time_shift: float = 1.0,
 ) -> Tensor:  # (N, ...) -> (N, ...)
     """Solve the reverse SDE by Euler-Maruyama from t = 1 to t = `last_step_size`, then step to t = 0 without noise.
 
@@ -142,6 +160,7 @@ def sample_sde(
         velocity: called with the state (N, ...) float64 and t as a float, `num_steps` times in all.
         x: standard normal noise (N, ...), any floating type.
         num_steps: at least 1. The times are `num_steps` equally spaced ones from 1 to `last_step_size`, and 0.
+        time_shift: of those between, as in `shift_time`; positive. The last step keeps its size.
         noise: called with the step, 0 to num_steps - 2 in this order; gives standard normal numbers (N, ...).
         interpolant: the path the velocity was trained on.
         last_step_size: the t at which the last step begins, in (0, 1): the score grows without bound towards t = 0.
@@ -170,7 +189,7 @@ def sample_sde(
         return v - 0.5 * w(t) * interpolant.score(v, x, t)
 
     start = 1.0 - SBDM_START if diffusion_form == "SBDM" else 1.0
-    times = _times(start, 0.0 if last_step == "none" else last_step_size, num_steps)
+    times = _times(start, 0.0 if last_step == "none" else last_step_size, num_steps, time_shift)
     for step, (t, t_next) in enumerate(itertools.pairwise(times)):
         dt = t_next - t  # negative
         x = x + dt * drift(x, t) + math.sqrt(w(t) * -dt) * noise(step).double()

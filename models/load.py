@@ -30,6 +30,8 @@ STATE = {  # the fields of state.json, which training/checkpoint.py writes
     **dict.fromkeys(
         "format version step vae vae_digest resolution class_names scale path_type digests".split(), Field()
     ),
+    "prediction": Field("v"),
+    "time_shift": Field(1.0),
     # Not needed to sample: checkpoints that another program wrote may lack them.
     "config": Field(None),  # a record of its own: training/config.py
     "classes_present": Field(None),  # those that had images in training; not known of older runs
@@ -116,8 +118,9 @@ def load_sit(path: str | Path, ema: str | None = None, format: str | None = None
     Returns:
         The model, and what is known of it: `source` (the directory or file), `format` (ours is "vae-repa"), `read_as`
         (how it was read, in words), `step`, `digest` (SHA-256 of the weights), `scale` (`LatentScale`), `vae`,
-        `vae_digest`, `resolution`, `class_names`, `path_type`, and the rest of `state.json`. Files of other projects
-        record less: there `step` may be None, and `scale` is None for latents of other than the SD-VAE's 4 channels.
+        `vae_digest`, `resolution`, `class_names`, `path_type`, `prediction`, `time_shift`, and the rest of
+        `state.json`. Files of other projects record less: there `step` may be None, and `scale` is None for latents of
+        other than the SD-VAE's 4 channels.
 
     Raises:
         ValueError: no checkpoint there, a damaged one, or one that this project's SiT cannot represent.
@@ -191,4 +194,6 @@ def _load_foreign(path: Path, format: str | None) -> tuple[SiT, dict[str, Any]]:
         "classes_present": None,
         "class_names": [str(label) for label in range(config.num_classes)],
         "path_type": path_type,
+        "prediction": "v",
+        "time_shift": 1.0,
     }

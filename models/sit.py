@@ -96,7 +96,7 @@ class SiTConfig:
 
 # What the config.json of a published model says beside these settings; `sampling/pipeline.py` reads it.
 _PUBLISHED = "format format_version step weights_sha256 path_type latent_scale vae vae_digest resolution class_names"
-PUBLISHED = (*_PUBLISHED.split(), "card_sha256", "null_class")
+PUBLISHED = (*_PUBLISHED.split(), "card_sha256", "null_class", "prediction", "time_shift")
 
 
 def patchify(x: Tensor, p: int) -> Tensor:  # (N, C, H, W) -> (N, T, p*p*C)

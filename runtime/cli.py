@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import sys
 import types
@@ -62,6 +63,14 @@ def check(config: Any, name: str, holds: bool, expected: str) -> None:
         found = getattr(config, name)
         found = " ".join(map(str, found)) if isinstance(found, tuple) else found
         raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, found {found}")
+
+
+def is_positive(text: str) -> bool:
+    """Whether it is a finite number above 0."""
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 class _Parser(argparse.ArgumentParser):

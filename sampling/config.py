@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import partial
 
-from runtime.cli import REQUIRED, check, flag
+from runtime.cli import REQUIRED, check, flag, is_positive
 from runtime.files import Field
 
 BLOCK = 16  # images that share a generator of noise; part of what determines the images
@@ -73,6 +73,12 @@ class SampleConfig:
     last_step_size: float = _solver(
         0.04, "sde: size of the last step, without noise, to t = 0", aliases=("--last-t",), record=_LAST_STEP_SIZE
     )
+    time_shift: str | None = _solver(
+        None,
+        "shift the times of the steps, t to A t / (1 + (A - 1) t); by default as the model was trained; or auto",
+        metavar="A",
+        record=Field(1.0),
+    )
     atol: float = _solver(1e-6, "ode-dopri5: absolute tolerance of a step's error, shared by a block of images")
     rtol: float = _solver(1e-3, "ode-dopri5: relative tolerance")
     diffusion_form: str = _solver(
@@ -112,6 +118,8 @@ class SampleConfig:
         check(self, "last_step_size", 0 < self.last_step_size < 1, "a size in (0, 1)")
         for name in ("atol", "rtol"):
             check(self, name, 1e-8 <= getattr(self, name) < 1, "a tolerance in [1e-8, 1): the network is in float32")
+        shift = self.time_shift
+        check(self, "time_shift", shift in (None, "auto") or is_positive(shift), "a number above 0, or auto")
         check(self, "diffusion_norm", 0 < self.diffusion_norm < float("inf"), "a positive number")
         lone = self.sampler == "sde" and self.last_step == "none" and self.num_steps == 1
         check(self, "num_steps", not lone, "at least 2 beside --last-step none")

@@ -45,6 +45,7 @@ def sample_latents(
     autocast: torch.dtype | None = None,
     guidance_channels: str = "all",
     guide: SiT | None = None,
+    time_shift: float = 1.0,
     **options: Any,
 ) -> Tensor:  # (N,) -> (N, C, H, W) float64
     """Draw latents at t = 0, scaled as the model was trained with.
@@ -56,24 +57,27 @@ def sample_latents(
             the SDE, with each step, 0 to num_steps - 2.
         sampler: one of `SAMPLERS`.
         num_steps: as in `sample_ode` and `sample_sde`.
-        interpolant: the path the model was trained on.
+        interpolant: the path the model was trained on, and what it predicts.
         guidance_scale, guidance_interval, guidance_channels, guide, autocast: as in `guided_velocity`.
         last_step_size: as in `sample_sde`; of no effect on the other samplers.
+        time_shift: of the times of the solver, as in `shift_time`; of no effect on ode-dopri5.
         options: further arguments of the solver; `SAMPLER_OPTIONS` has their names.
 
     Raises:
         ValueError: unknown sampler, or a setting out of range.
     """
-    guidance = guidance_scale, guidance_interval, autocast, guidance_channels, guide
+    guidance = guidance_scale, guidance_interval, autocast, guidance_channels, guide, interpolant
+    ends_at_0 = interpolant.prediction == "v"
     if sampler == "ode-dopri5":  # block by block, so that an image's steps do not depend on the size of the batch
         blocks = zip(noise().split(BLOCK), y.split(BLOCK), strict=True)
         velocities = ((x, guided_velocity(sit, y, sit.config.num_classes, *guidance)) for x, y in blocks)
-        return torch.cat([sample_dopri5(velocity, x, **options) for x, velocity in velocities])
+        return torch.cat([sample_dopri5(velocity, x, **options, ends_at_0=ends_at_0) for x, velocity in velocities])
     velocity = guided_velocity(sit, y, sit.config.num_classes, *guidance)
     if sampler == "sde":
-        return sample_sde(velocity, noise(), num_steps, noise, interpolant, last_step_size, **options)
+        solver = {"time_shift": time_shift, **options}
+        return sample_sde(velocity, noise(), num_steps, noise, interpolant, last_step_size, **solver)
     if sampler in ("ode-euler", "ode-heun", "ode-heun-repa"):
-        return sample_ode(velocity, noise(), num_steps, heun="heun" in sampler, repa="repa" in sampler)
+        return sample_ode(velocity, noise(), num_steps, "heun" in sampler, "repa" in sampler, time_shift, ends_at_0)
     raise ValueError(f"expected a sampler among {', '.join(SAMPLERS)} (--sampler), found {sampler!r}")
 
 
@@ -198,12 +202,13 @@ class SampleGenerator:
         settings, size = self.settings, self.settings["batch_size"]
         y = torch.from_numpy(self.labels(batch * size, size)).to(self.device)
         noise = block_noise(settings["seed"], batch * size, size, settings["latent_shape"], self.device)
-        solver = settings["sampler"], settings["num_steps"], Interpolant(settings["path_type"])
+        solver = settings["sampler"], settings["num_steps"], Interpolant(settings["path_type"], settings["prediction"])
         guidance = settings["guidance_scale"], settings["guidance_interval"] or (0.0, 1.0)
         autocast = torch.bfloat16 if settings["mixed_precision"] == "bf16" else None
         options = {name: settings[name] for name in SAMPLER_OPTIONS.get(settings["sampler"], ())}
         options["guide"] = self.guide
         options["guidance_channels"] = settings["guidance_channels"] or "all"
+        options["time_shift"] = settings["time_shift"] or 1.0
         last_step_size = settings["last_step_size"] or 0.04  # None where it has no effect
         return sample_latents(self.sit, y, noise, *solver, *guidance, last_step_size, autocast, **options)
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 FORMAT = "vae-repa-model"  # of a published directory; written by analysis/publish.py
 VERSION = 1
 FIELDS = dict.fromkeys(PUBLISHED, Field()) | {"card_sha256": Field(None), "null_class": Field(True)}
+FIELDS |= {"prediction": Field("v"), "time_shift": Field(1.0)}
 FIELDS |= fields_of(SiTConfig)
 BATCH = 64  # the default of sample_ddp.py
 
@@ -69,7 +70,7 @@ class VAEREPAPipeline:
         self.sit, self.vae, self.config, self.device = sit, vae, config, device
         self.autocast = torch.bfloat16 if mixed_precision == "bf16" else None
         self.scale = LatentScale.from_dict(config["latent_scale"])
-        self.interpolant = Interpolant(config["path_type"])
+        self.interpolant = Interpolant(config["path_type"], config["prediction"])
 
     @classmethod
     def from_pretrained(
@@ -178,8 +179,8 @@ class VAEREPAPipeline:
                 # Every batch is whole, the last one too, as in sample_ddp.py; padding labels change no other image.
                 y = torch.tensor(labels + [0] * (size - len(labels)), device=self.device)
                 noise = block_noise(seed, first, size, self.latent_shape, self.device)
-                z = sample_latents(self.sit, y, noise, *options, self.autocast)[: len(labels)]
-                pixels, finite = decode_latents(self.vae, z, self.scale)
+                z = sample_latents(self.sit, y, noise, *options, self.autocast, time_shift=self.config["time_shift"])
+                pixels, finite = decode_latents(self.vae, z[: len(labels)], self.scale)
                 if not finite.all():
                     fix = "use mixed_precision='no', or a smaller guidance_scale"
                     raise ValueError(f"expected finite samples, found some that are not; {fix}")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from diffusion.interpolant import choose_shift
 from models.sit import SiT
 from models.vae import UINT8_RULES
 from runtime import provenance
@@ -26,7 +27,7 @@ VERSION = 1
 
 # Flags that are recorded under their own names. Their historic values stand at the flags.
 _FLAGS = "sampler num_steps last_step_size num_samples labels classes seed mixed_precision compile vae_precision tf32 "
-_FLAGS += "diffusion_form diffusion_norm last_step atol rtol guidance_channels"
+_FLAGS += "diffusion_form diffusion_norm last_step atol rtol guidance_channels time_shift"
 FLAGS = [*_FLAGS.split(), "npz", "png"]
 # What else every set of samples has recorded.
 _FACTS = (
@@ -37,6 +38,7 @@ SETTINGS = {name: fields_of(SampleConfig)[name] for name in FLAGS}
 SETTINGS |= {name: Field() for name in _FACTS.split()}
 SETTINGS |= {
     "checkpoint_format": Field(historic="vae-repa"),
+    "prediction": Field("v"),
     "vae_decoder": Field(None),
     "autoguidance_digest": Field(None),
 }
@@ -59,6 +61,7 @@ def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch
     precision = "bf16" if on_gpu else "no"
     (scale,), (interval,) = config.guidance_scale, config.guidance_intervals()
     as_of_old = is_sde and (config.diffusion_form, config.diffusion_norm) == ("linear", 1)
+    latent_shape = (sit.config.in_channels, sit.config.latent_size, sit.config.latent_size)
     settings = {name: getattr(config, name) for name in FLAGS} | {
         "mixed_precision": config.mixed_precision or precision,
         "compile": on_gpu if config.compile is None else config.compile,
@@ -74,10 +77,11 @@ def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch
         "block_size": BLOCK,
         "device_type": device.type,
         "latent_scale": info["scale"].to_dict(),
-        "latent_shape": (sit.config.in_channels, sit.config.latent_size, sit.config.latent_size),
+        "latent_shape": latent_shape,
+        "time_shift": choose_shift(config.time_shift or info["time_shift"], latent_shape),
         "uint8_rule": UINT8_RULES[config.uint8_rule],
         "vae_decoder": None,
-        **{name: info[name] for name in ("step", "path_type", "vae_digest", "resolution")},
+        **{name: info[name] for name in ("step", "path_type", "prediction", "vae_digest", "resolution")},
     }
     return _without_unused(settings)
 
@@ -88,7 +92,7 @@ def _without_unused(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["sampler"] != "sde" or settings["last_step"] == "none":
         unused.append("last_step_size")
     if settings["sampler"] == "ode-dopri5":
-        unused.append("num_steps")
+        unused += ["num_steps", "time_shift"]
     if settings["guidance_scale"] == 1:
         unused += ["guidance_interval", "guidance_channels", "autoguidance_digest"]
     return settings | dict.fromkeys(unused)
@@ -146,6 +150,7 @@ def resume(config: SampleConfig, given: Set[str], recorded: dict[str, Any]) -> S
     values["uint8_rule"] = next((name for name, rule in UINT8_RULES.items() if rule == recorded["uint8_rule"]), None)
     if recorded["guidance_interval"]:
         values["guidance_low"], values["guidance_high"] = ((time,) for time in recorded["guidance_interval"])
+    values["time_shift"] = recorded["time_shift"] and str(recorded["time_shift"])
     if config.per_proc_batch_size == "auto":
         given = given - {"per_proc_batch_size"}
     taken = {name: value for name, value in values.items() if name not in given and value is not None}

@@ -1,9 +1,11 @@
 """The path against autograd, closed forms and the paper's boundary conditions."""
 
+import math
+
 import pytest
 import torch
 
-from diffusion.interpolant import PATHS, Interpolant
+from diffusion.interpolant import PATHS, Interpolant, choose_shift, shift_time
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -80,3 +82,46 @@ def test_float32_inside_autocast_and_for_half_inputs():
 def test_unknown_path_is_named():
     with pytest.raises(ValueError, match="linear, cosine, found 'quadratic'"):
         Interpolant("quadratic")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_velocity_of_predicted_data_is_that_of_the_path(path):
+    """The exact z, in place of a network's, gives the velocity of Eq. 3; another differs, more the nearer t is to 0."""
+    interpolant = Interpolant(path, "x")
+    z, eps = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([1e-3, 0.03, 0.3, 0.7, 1.0], dtype=torch.float64)
+    y_t = interpolant.interpolate(z, eps, t)
+    found = interpolant.predicted_velocity(z, y_t, t)
+    torch.testing.assert_close(found, interpolant.velocity(z, eps, t), rtol=1e-10, atol=1e-10)
+    for n, time in enumerate(t.tolist()):  # times as floats, as samplers have them
+        torch.testing.assert_close(interpolant.predicted_velocity(z[n], y_t[n], time), found[n], rtol=1e-12, atol=1e-12)
+    assert Interpolant(path).predicted_velocity(z, y_t, t) is z
+    if path == "linear":
+        for n, time in enumerate(t.tolist()):
+            expected = (y_t[n] - eps[n]) / max(time, 0.05)
+            torch.testing.assert_close(interpolant.predicted_velocity(eps, y_t, t, 0.05)[n], expected)
+    with pytest.raises(ValueError, match="expected a prediction among v, x, found 'eps'"):
+        Interpolant(path, "eps")
+
+
+def test_log_normal_ratios_are_repas_times():
+    """REPA's loss.py: sigma = exp(normal), t = sigma / (1 + sigma), or 2 / pi atan(sigma) on the cosine path."""
+    normal = torch.linspace(-6, 6, 25, dtype=torch.float64)
+    found = (Interpolant(path).time_at(normal).tolist() for path in PATHS)
+    for number, linear, cosine in zip(normal.tolist(), *found, strict=True):
+        sigma = math.exp(number)
+        assert linear == pytest.approx(sigma / (1 + sigma), rel=1e-12)
+        assert cosine == pytest.approx(2 / math.pi * math.atan(sigma), rel=1e-12)
+    assert Interpolant("cosine").time_at(torch.tensor([1e4])) == Interpolant().time_at(torch.tensor([1e4])) == 1
+
+
+def test_a_shift_of_time_keeps_the_ends_and_multiplies_the_ratio_to_noise():
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    shifted = shift_time(t, 3.0)
+    assert (shifted[0], shifted[-1]) == (0, 1)
+    torch.testing.assert_close(shifted[:-1] / (1 - shifted[:-1]), 3 * t[:-1] / (1 - t[:-1]))
+    torch.testing.assert_close(shift_time(shifted, 1 / 3), t)
+    assert torch.equal(shift_time(t, 1.0), t)
+    assert choose_shift("auto", (4, 32, 32)) == 1
+    assert choose_shift("auto", (768, 16, 16)) == pytest.approx(6.9282, abs=1e-4)  # RAE's
+    assert choose_shift("2.5", (4, 32, 32)) == 2.5

@@ -114,6 +114,34 @@ def test_training_loss_is_the_sum_of_eq_8(path, weight):
     assert torch.equal(seen["y"], y)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_predicted_data_are_compared_as_velocities(path):
+    """Both divided by max(t, 0.05), so that the exact z has no loss; above that t it is the loss of the velocity."""
+    z, eps, x = (draw(4, 2, 3, 3, seed=k) for k in (1, 2, 3))
+    t = torch.tensor([0.0, 0.02, 0.3, 1.0], dtype=torch.float64)
+
+    def loss(output, prediction, part=slice(None)):
+        def model(y_t, t, y):
+            return output[part], {}
+
+        batch = z[part], eps[part], t[part]
+        return training_loss(model, *batch, None, Interpolant(path, prediction), {}, {})["velocity"].item()
+
+    assert loss(z, "x") == 0
+    y_t = Interpolant(path).interpolate(z, eps, t)
+    if path == "linear":
+        expected = sum(
+            (((y_t[n] - x[n]) / max(time, 0.05) - (y_t[n] - z[n]) / max(time, 0.05)) ** 2).mean().item() / len(t)
+            for n, time in enumerate(t.tolist())
+        )
+        assert loss(x, "x") == pytest.approx(expected, rel=1e-10)
+    late = slice(2, None)
+    a, b = Interpolant(path).a(t), Interpolant(path).b(t)
+    a, b, da, db = (c.view(-1, 1, 1, 1) for c in (a, b, Interpolant(path).da(t), Interpolant(path).db(t)))
+    v = da * x + db * (y_t - a * x) / b  # Eq. 3 of x and of the noise that x leaves
+    assert loss(x, "x", late) == pytest.approx(loss(v, "v", late), rel=1e-10)
+
+
 def test_without_alignments_the_total_is_the_velocity_loss():
     z = draw(2, 1, 2, 2)
     losses = training_loss(

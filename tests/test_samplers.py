@@ -10,7 +10,8 @@ from scipy.integrate import solve_ivp
 from diffusion.interpolant import PATHS, Interpolant
 from diffusion.samplers import DIFFUSIONS, guided_velocity, sample_dopri5, sample_ode, sample_sde
 from models.sit import SiT, SiTConfig
-from sampling.config import DIFFUSION_FORMS, LAST_STEPS
+from sampling.config import DIFFUSION_FORMS, LAST_STEPS, SAMPLERS
+from sampling.generator import sample_latents
 
 MEAN, STD = 1.5, 0.3  # of the data
 
@@ -55,6 +56,63 @@ def test_ode_converges_to_the_exact_map_with_its_order(path, heun, expected):
     errors = [(sample_ode(velocity, x, n, heun) - exact).abs().max().item() for n in (64, 128, 256, 512)]
     assert errors[-1] < (1e-2 if not heun else 1e-4)
     assert order(errors)[-1] == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_network_of_data_samples_as_one_of_velocities(path, sampler):
+    """The exact E[z | y_t], through the whole sampler: the samples of the exact velocity, whose last slope of Heun's
+    is missing, and of which dopri5 integrates all but the last 1e-3."""
+    data, seen = GaussianData(path), []
+
+    class Network:
+        config = SiTConfig(1, 8, 1, patch_size=1, latent_size=2, in_channels=1, num_classes=2)
+
+        def __init__(self, prediction):
+            self.prediction = prediction
+
+        def __call__(self, y, t, label):
+            seen.append(t[0].item())
+            a, b, da, db = data.coefficients(t[0].item())
+            x = MEAN + a * STD**2 * (y - a * MEAN) / (a**2 * STD**2 + b**2)
+            return x if self.prediction == "x" else da * x + db * b * (y - a * MEAN) / (a**2 * STD**2 + b**2)
+
+    def sample(prediction):
+        noise = [torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(k)) for k in range(20)]
+        seen.clear()
+        return sample_latents(
+            Network(prediction), torch.zeros(16, dtype=torch.long), lambda step=-1: noise[step], sampler, 20,
+            Interpolant(path, prediction), time_shift=2.0,
+        )  # fmt: skip
+
+    x = sample("x")
+    assert min(seen) > 0
+    if sampler == "ode-heun":
+        noise = torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(19))
+        expected = sample_ode(data.velocity, noise, 20, heun=True, time_shift=2.0, ends_at_0=False)
+    else:
+        expected = sample("v")
+    torch.testing.assert_close(x, expected, rtol=0, atol=2e-3 if sampler == "ode-dopri5" else 1e-5)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+def test_shifted_times_are_those_of_the_formula(num_steps):
+    """t' = 3 t / (1 + 2 t) of equal steps; the SDE's last step keeps its size, so that the others begin at its t."""
+    seen = []
+
+    def velocity(x, t):
+        seen.append(t)
+        return torch.zeros_like(x)
+
+    sample_ode(velocity, torch.zeros(2), num_steps, time_shift=3.0)
+    equal = [1 - k / num_steps for k in range(num_steps)]
+    assert seen == pytest.approx([3 * t / (1 + 2 * t) for t in equal], rel=1e-12)
+    seen.clear()
+    sample_sde(velocity, torch.zeros(2), num_steps, lambda step: torch.zeros(2), Interpolant(), 0.04, time_shift=3.0)
+    last = 0.04 / (3 - 2 * 0.04)  # whose t' is 0.04
+    equal = [1 + (last - 1) * k / max(1, num_steps - 1) for k in range(num_steps)]
+    assert seen == pytest.approx([3 * t / (1 + 2 * t) for t in equal], rel=1e-12)
+    assert num_steps == 1 or seen[-1] == 0.04
 
 
 def test_ode_evaluations_are_where_the_docstring_says():

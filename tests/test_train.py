@@ -21,8 +21,11 @@ from safetensors.torch import load_file
 
 import train
 from models import load
+from models.load import load_sit
+from models.sit import SiTConfig
 from reporting.log import read_log
 from runtime import cli
+from runtime.seeding import step_generator
 from tests.stores import ENCODER, make_encoder, make_store, make_vae
 from training import checkpoint
 from training.config import TrainConfig, settings_by
@@ -182,6 +185,63 @@ def test_the_loss_is_that_of_the_store_and_the_step(data, tmp_path, monkeypatch)
     assert torch.equal(seen["target"][:, 1], seen["z"][:, :, :4, 4:].permute(0, 2, 3, 1).flatten(1))
 
 
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_times_are_drawn_and_shifted_by_formula(path):
+    config = TrainConfig(
+        data_dir="", path_type=path, batch_size=20_000, time_distribution="logit-normal", time_mean=-0.5, time_std=1.5,
+        time_shift="3",
+    )  # fmt: skip
+    sit, cpu = SiTConfig.from_name("SiT-Ti/2", 2), torch.device("cpu")
+    t = train.step_noise(config, 5, sit, cpu)["time"].double()
+    normal = torch.randn(20_000, generator=step_generator(0, 5, "time")).double()
+    sigma = (1.5 * normal - 0.5).exp()
+    t_before = sigma / (1 + sigma) if path == "linear" else 2 / torch.pi * sigma.atan()
+    torch.testing.assert_close(t, 3 * t_before / (1 + 2 * t_before), rtol=1e-4, atol=1e-6)
+    ratio = t / (3 - 2 * t)  # the shift undone
+    ratio = (ratio / (1 - ratio) if path == "linear" else (ratio * torch.pi / 2).tan()).log()
+    assert (ratio.mean().item(), ratio.std().item()) == pytest.approx((-0.5, 1.5), abs=0.05)
+    plain = dataclasses.replace(config, time_distribution="uniform", time_shift="1")
+    assert torch.equal(
+        train.step_noise(plain, 5, sit, cpu)["time"], torch.rand(20_000, generator=step_generator(0, 5, "time"))
+    )
+    auto = train.step_noise(dataclasses.replace(plain, time_shift="auto"), 5, sit, cpu)["time"]
+    u = torch.rand(20_000, generator=step_generator(0, 5, "time"))
+    a = (4 * 2 * 2 / 4096) ** 0.5
+    torch.testing.assert_close(auto, a * u / (1 + (a - 1) * u))
+
+
+@pytest.mark.parametrize("settings", [{"time_shift": text} for text in ("0", "-1", "nan", "2x")] + [{"time_std": 0.0}])
+def test_a_shift_or_a_std_that_is_not_positive_is_refused(settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}: expected .*(above|more than) 0.*, found"):
+        TrainConfig(data_dir="", **settings)
+
+
+def test_prediction_and_shift_are_in_the_checkpoint_and_reach_the_grids(tmp_path, monkeypatch):
+    seen = []
+    draw = train.sample_latents
+
+    def spy(*arguments, **options):
+        seen.append((arguments[5].prediction, options["time_shift"]))
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(train, "sample_latents", spy)
+    make_store(tmp_path / "store", vae=make_vae(tmp_path / "vae"))
+    changes = {"prediction": "x", "time_shift": "auto", "max_train_steps": 1, "sampling_steps": 1}
+    folder = run(tmp_path / "store", tmp_path, **changes)
+    assert seen == [("x", 0.25)]  # sqrt(4 * 8 * 8 / 4096)
+    info = load_sit(folder)[1]
+    assert (info["prediction"], info["time_shift"]) == ("x", 0.25)
+
+
+@pytest.mark.parametrize("changes", [{"prediction": "x"}, {"path_type": "cosine"}])
+def test_fine_tuning_of_another_prediction_or_path_is_refused(data, tmp_path, changes):
+    source = run(data, tmp_path / "source", max_train_steps=1, **changes)
+    found = next(f"{name.removesuffix('_type')} {value}" for name, value in changes.items())
+    with pytest.raises(ValueError, match=f"--init-from .*: expected a model as this run's, found {found}"):
+        run(data, tmp_path, init_from=source)
+
+
 @pytest.fixture(scope="module")
 def plain(data, tmp_path_factory):
     """Weights, EMA and log of a run with the settings that the next tests change."""
@@ -197,6 +257,7 @@ CHANGES = {
     "adam_weight_decay": 0.5, "adam_epsilon": 1e-3, "max_grad_norm": 0.01, "label_dropout": 1.0, "random_flip": True,
     "mixed_precision": "bf16", "num_classes": 4, "ema_decay": 0.5, "max_train_steps": 3,
     "lr_schedule": "linear", "lr_warmup_steps": 2, "ema_warmup": True,
+    "prediction": "x", "time_distribution": "logit-normal", "time_shift": "auto",
 }  # fmt: skip
 
 
@@ -326,6 +387,7 @@ def test_every_flag_is_either_free_on_resume_or_tested_above():
         "allow_tf32",  # shows on a GPU alone
         "skip_spikes", "spike_factor",  # below
         "lr_decay_steps", "lr_final", "ema_power",  # in test_optimizer.py, test_posthoc_ema.py
+        "time_mean", "time_std",  # below
         "repa_final_norm", "init_classes",  # in test_methods.py, test_first_day.py
     }  # fmt: skip
     tested = set(CHANGES) | set(JOINT_CHANGES)

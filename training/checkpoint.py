@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from dataset import LatentDataset, store_digest
+from diffusion.interpolant import choose_shift
 from models.load import FORMAT, VERSION, checkpoints, latest_checkpoint, load_weights, read_state, verified_file
 from models.sit import SiT
 from runtime import provenance
@@ -62,7 +63,8 @@ def make_records(
     for field in dataclasses.fields(config):
         groups.setdefault(field.metadata["group"], []).append(field.name)
     from_store = {name: store.meta[name] for name in ("vae", "vae_digest", "resolution", "class_names")}
-    from_store |= {"scale": store.scale.to_dict(), "path_type": config.path_type}
+    from_store |= {"scale": store.scale.to_dict(), "path_type": config.path_type, "prediction": config.prediction}
+    from_store["time_shift"] = choose_shift(config.time_shift, store.latent_shape)
     from_store["classes_present"] = np.unique(store.labels).tolist()
     return settings | {"groups": groups}, settings | from_store
 

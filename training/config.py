@@ -8,12 +8,13 @@ change neither.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from alignment.settings import AlignmentSettings
-from runtime.cli import REQUIRED, check, flag
+from runtime.cli import REQUIRED, check, flag, is_positive
 from runtime.files import Field
 
 _data = partial(flag, group="data")
@@ -50,6 +51,21 @@ class RunSettings:
 
     model: str = _model("SiT-XL/2", "SiT-SIZE/PATCH: sizes Ti, S, B, L, XL; patches 1, 2, 4, 8")
     path_type: str = _model("linear", "path between data and noise (Eq. 1)", choices=("linear", "cosine"))
+    prediction: str = _model(
+        "v", "what the network gives: the velocity, or the data, whose velocity the loss takes", choices=("v", "x")
+    )
+    time_distribution: str = _model(
+        "uniform",
+        "how t is drawn; logit-normal: log(b_t / a_t) is normal, on the linear path the logit of t",
+        choices=("uniform", "logit-normal"),
+    )
+    time_mean: float = _model(0.0, "mean of the logit-normal distribution; above 0 is towards noise")
+    time_std: float = _model(1.0, "std of the logit-normal distribution")
+    time_shift: str = _model(
+        "1",
+        "then t becomes A t / (1 + (A - 1) t), in sampling too; auto: A = sqrt(numbers in a latent / 4096)",
+        metavar="A",
+    )
 
 
 # Records of runs with a single EMA hold a number.
@@ -67,11 +83,13 @@ _RANGES = (
         "at least 0",
     ),
     (
-        "checkpoint_minutes learning_rate max_grad_norm adam_epsilon spike_factor",
+        "checkpoint_minutes learning_rate time_std max_grad_norm adam_epsilon spike_factor",
         lambda value: value > 0,
         "more than 0",
     ),
     ("seed", lambda value: -(2**63) <= value < 2**64, "an integer in [-2**63, 2**64)"),
+    ("time_shift", lambda value: value == "auto" or is_positive(value), "a number above 0, or auto"),
+    ("time_mean", math.isfinite, "a finite number"),
     ("label_dropout", lambda value: 0 <= value <= 1, "a value in [0, 1]"),
     ("ema_decay", lambda values: all(0 <= value <= 1 for value in values), "values in [0, 1]"),
     ("ema_power", lambda values: all(0 < value < 0.288 for value in values), "relative widths in (0, 0.288)"),

@@ -25,7 +25,7 @@ def load_init_weights(
     """Put the weights of `--init-from` into a new SiT: the null class's row always, those of classes by `init_rows`.
 
     Raises:
-        ValueError: another architecture or path.
+        ValueError: another architecture, path or prediction.
     """
     found, expected = source.config.to_dict(), sit.config.to_dict()
     wrong = [
@@ -33,8 +33,11 @@ def load_init_weights(
         for name, value in expected.items()
         if found[name] != value and name not in ("num_classes", "latent_size")
     ]
-    if info["path_type"] != config.path_type:
-        wrong.append(f"path {info['path_type']} (this run: {config.path_type})")
+    wrong += [
+        f"{name.removesuffix('_type')} {info[name]} (this run: {getattr(config, name)})"
+        for name in ("path_type", "prediction")
+        if info[name] != getattr(config, name)
+    ]
     if wrong:
         raise ValueError(f"--init-from {config.init_from}: expected a model as this run's, found {', '.join(wrong)}")
     weights = {name: value for name, value in source.state_dict().items() if name != "pos_embed"}  # fixed, by formula

@@ -157,7 +157,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
         EMAUpdater(emas.values(), sit, decays(config).values()),
         optimizer,
         guard,
-        Interpolant(config.path_type),
+        Interpolant(config.path_type, config.prediction),
         methods,
         vae,
         state,
