@@ -52,6 +52,8 @@ class Alignment:
         weight: lambda.
         objective: a key of `ALIGN_OBJECTIVES`.
         beta: width of smooth L1's quadratic part, in units of the target.
+        normalize: bring prediction and target each to mean 0 and std 1 over all numbers of a sample, so that the scale
+            of the latents does not matter.
         time_range: samples with t outside this closed interval add nothing; the mean stays over the whole batch.
     """
 
@@ -59,6 +61,7 @@ class Alignment:
     objective: str = "smooth_l1"
     beta: float = 0.05
     time_range: tuple[float, float] = (0.0, 1.0)
+    normalize: bool = False
 
     def __post_init__(self):
         if self.objective not in ALIGN_OBJECTIVES:
@@ -83,6 +86,8 @@ def alignment_loss(f_sit: Tensor, f_vae: Tensor, t: Tensor, alignment: Alignment
         A scalar in float32 (float64 for float64 inputs).
     """
     f_sit, f_vae = at_least_float32(f_sit), at_least_float32(f_vae.detach())
+    if alignment.normalize:  # by layer norm without weights: the variance is that of the sample, not unbiased
+        f_sit, f_vae = (F.layer_norm(f, f.shape[1:], eps=1e-12) for f in (f_sit, f_vae))
     per_sample = ALIGN_OBJECTIVES[alignment.objective](f_sit, f_vae, alignment.beta)  # (N,)
     low, high = alignment.time_range
     if (low, high) != (0.0, 1.0):

@@ -19,6 +19,8 @@ _alignment_sra = partial(flag, group="alignment: sra")
 OBJECTIVES = ("smooth_l1", "l1", "l2", "cosine")
 _HEAD = "an MLP, or one 3 x 3 convolution over the grid of tokens"
 _NORMALIZE = "bring each channel of the target to mean 0 and std 1 over the tokens of an image"
+# Older records hold whether it is spatial.
+_SPATIAL = Field("none", read_old=lambda value: {False: "none", True: "spatial"}.get(value, value))
 _SCHEDULE = (
     "its weight over steps: constant, linear:K or cosine:K (falls to 0 at step K), off:K (0 from step K on), or sra "
     "(falls slowly after epoch 149)"
@@ -56,7 +58,12 @@ class VAESettings:
     align_target: str = _alignment_vae(
         "sample", "the posterior sample that is noised, or the posterior mean", choices=("sample", "mean")
     )
-    align_normalize: bool = _alignment_vae(False, _NORMALIZE)
+    align_normalize: str = _alignment_vae(
+        "none",
+        f"spatial: {_NORMALIZE}; sample: prediction and target to mean 0 and std 1 over all numbers of an image each",
+        choices=("none", "spatial", "sample"),
+        record=_SPATIAL,
+    )
 
 
 @dataclass(frozen=True)

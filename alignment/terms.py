@@ -107,21 +107,24 @@ def check_depths(context: AlignmentContext, depths: tuple[int, ...], flag: str) 
     return depths
 
 
-def make_alignment(context: AlignmentContext, weight: float, objective: str) -> Alignment:
+def make_alignment(context: AlignmentContext, weight: float, objective: str, per_sample: bool = False) -> Alignment:
     """The loss of a method, with the beta and the time range that all methods share."""
-    return Alignment(weight, objective, context.settings.align_beta, context.settings.align_time_range)
+    settings = context.settings
+    return Alignment(weight, objective, settings.align_beta, settings.align_time_range, per_sample)
 
 
 def terms_by_settings(
     context: AlignmentContext, prefix: str, make_head: Callable[[], nn.Module], target: Callable[[Batch], Tensor]
 ) -> AlignmentTerms:
-    """The terms of a method whose settings are `<prefix>_depth`, `_weight`, `_objective` and `_schedule`."""
+    """The terms of a method whose settings are `<prefix>_depth`, `_weight`, `_objective`, `_schedule` and, it
+    may be, `_normalize`."""
+    per_sample = getattr(context.settings, f"{prefix}_normalize", None) == "sample"
     names = "depth weight objective schedule".split()
     depths, weight, objective, schedule = (getattr(context.settings, f"{prefix}_{name}") for name in names)
     return AlignmentTerms(
         check_depths(context, depths, f"--{prefix}-depth"),
         make_head,
-        make_alignment(context, weight, objective),
+        make_alignment(context, weight, objective, per_sample),
         weight_schedule(schedule, context, f"--{prefix}-schedule"),
         target,
     )

@@ -29,7 +29,7 @@ def build(context: AlignmentContext) -> AlignmentTerms:
 
     def target(batch: Batch) -> Tensor:  # -> (N, T, p*p*C)
         f_vae = patchify(batch.z if settings.align_target == "sample" else batch.mean, sit.patch_size)
-        return normalize_tokens(f_vae) if settings.align_normalize else f_vae
+        return normalize_tokens(f_vae) if settings.align_normalize == "spatial" else f_vae
 
     return terms_by_settings(context, "align", make_head, target)
 

@@ -62,8 +62,6 @@ def convert_state_dict(
     if any(name.startswith("decoder_blocks.") for name in state):
         state = _join_blocks(state)
         notes.append("decoder_blocks renamed")
-    if any(".q_norm." in name or ".k_norm." in name for name in state):
-        raise ValueError("expected a SiT without qk_norm, found one with it; this project's SiT cannot represent it")
     config = _infer_config(state)
     doubled = state["final_layer.linear.weight"].shape[0] == 2 * config.patch_dim
     format_ = _find_format(read_args(content), heads, doubled, given)
@@ -141,6 +139,7 @@ def _infer_config(state: dict[str, Tensor]) -> SiTConfig:
         in_channels=in_channels,
         num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
         mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
+        qk_norm=any(".q_norm." in name for name in state),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class SiTConfig:
     in_channels: int = dataclasses.field(default=4, metadata=RECORDED)
     num_classes: int = dataclasses.field(default=1000, metadata=RECORDED)
     mlp_ratio: float = dataclasses.field(default=4.0, metadata=RECORDED)
+    qk_norm: bool = dataclasses.field(default=False, metadata={"record": Field(False)})
 
     @classmethod
     def from_name(cls, name: str, latent_size: int = 32, in_channels: int = 4, num_classes: int = 1000) -> SiTConfig:
@@ -155,7 +157,9 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:  # (N,) -> (N, D)
         angles = t[:, None] * self.frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+        # In float32 always: it costs nothing. (The meta device, on which shapes are counted, knows no autocast.)
+        with nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False):
+            return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
 
 
 class LabelEmbedder(nn.Module):
@@ -170,15 +174,22 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention; with `qk_norm` each head's queries and keys are normalised first, as in REPA."""
+
     def __init__(self, config: SiTConfig):
         super().__init__()
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (nn.LayerNorm(config.hidden_size // config.num_heads) for _ in range(2))
+        self.qk_norm = config.qk_norm
 
     def forward(self, x: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
         N, T, D = x.shape
         q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.qk_norm:  # under autocast the norms give float32
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(N, T, D))
 

@@ -105,13 +105,19 @@ class SampleConfig:
     mixed_precision: str | None = _precision("precision of the network; by default bf16 on a GPU, no on a CPU")
     vae_precision: str | None = _precision("precision of the decoder; by default bf16 on a GPU, no on a CPU")
     compile: bool | None = _speed(None, "torch.compile each block; on a GPU unless set", record=Field(False))
-    tf32: bool = _speed(False, "TF32 for float32 products on the GPU")
+    tf32: bool | None = _speed(None, "TF32 for float32 products on the GPU", record=Field(False))
+    parity: bool = _speed(
+        False, "as published numbers are drawn: network and decoder in float32 with TF32, that is --tf32 and no bf16"
+    )
     timeout: int = _speed(43_200, "seconds after which a process that waits for another gives up")
     device: str | None = _speed(None, "a GPU if there is one, unless set", choices=("cpu", "cuda"))
 
     def __post_init__(self):
         for name in ("num_samples", "num_steps", "timeout"):
             check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("mixed_precision", "vae_precision"):
+            check(self, name, not self.parity or getattr(self, name) in (None, "no"), "no beside --parity")
+        check(self, "tf32", not self.parity or self.tf32 in (None, True), "no --no-tf32 beside --parity")
         size = self.per_proc_batch_size
         whole = size == "auto" or (size.isdigit() and int(size) >= BLOCK and int(size) % BLOCK == 0)
         check(self, "per_proc_batch_size", whole, f"a multiple of {BLOCK} (one block of images), or auto")

@@ -58,7 +58,7 @@ def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch
         JSON values by the names of `SETTINGS`; `batch_size` is None if it is still to be found, as `vae_decoder` is.
     """
     on_gpu, is_sde = device.type == "cuda", config.sampler == "sde"
-    precision = "bf16" if on_gpu else "no"
+    precision = "bf16" if on_gpu and not config.parity else "no"
     (scale,), (interval,) = config.guidance_scale, config.guidance_intervals()
     as_of_old = is_sde and (config.diffusion_form, config.diffusion_norm) == ("linear", 1)
     latent_shape = (sit.config.in_channels, sit.config.latent_size, sit.config.latent_size)
@@ -66,7 +66,7 @@ def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch
         "mixed_precision": config.mixed_precision or precision,
         "compile": on_gpu if config.compile is None else config.compile,
         "vae_precision": config.vae_precision or precision,
-        "tf32": config.tf32 and on_gpu,
+        "tf32": bool(config.tf32 or config.parity) and on_gpu,
         "checkpoint_digest": info["digest"],
         "checkpoint_format": info["format"],
         "autoguidance_digest": info.get("autoguidance_digest"),
@@ -151,6 +151,8 @@ def resume(config: SampleConfig, given: Set[str], recorded: dict[str, Any]) -> S
     if recorded["guidance_interval"]:
         values["guidance_low"], values["guidance_high"] = ((time,) for time in recorded["guidance_interval"])
     values["time_shift"] = recorded["time_shift"] and str(recorded["time_shift"])
+    if config.parity:
+        given = given | {"mixed_precision", "vae_precision", "tf32"}
     if config.per_proc_batch_size == "auto":
         given = given - {"per_proc_batch_size"}
     taken = {name: value for name, value in values.items() if name not in given and value is not None}

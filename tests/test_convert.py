@@ -1,6 +1,7 @@
 """Checkpoints of SiT, REPA and SRA against a forward written from their papers, in their own conventions."""
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -22,12 +23,13 @@ from tests.test_sit import reference_forward
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = SiTConfig.from_name("SiT-Ti/4", latent_size=8, in_channels=4, num_classes=3)
 C = CONFIG.in_channels
+REPAS = {"args": argparse.Namespace(prediction="v")}  # marks a file as REPA's
 
 
-def random_state(learn_sigma=False, seed=0):
+def random_state(learn_sigma=False, seed=0, config=CONFIG):
     """A state dict with the keys that SiT, REPA and SRA share, none of whose weights is 0."""
     torch.manual_seed(seed)
-    model = SiT(CONFIG)
+    model = SiT(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     state = model.state_dict()
@@ -154,6 +156,19 @@ def test_the_format_of_a_checkpoint_of_ours_is_known(tmp_path):
         load_sit(tmp_path, format="sit")
 
 
+def test_repas_file_with_normalised_queries_and_keys_is_read_as_such(tmp_path):
+    config = dataclasses.replace(CONFIG, qk_norm=True)
+    state = random_state(config=config)
+    stored = state | {"projectors.0.0.weight": torch.randn(3, 3)}
+    args = argparse.Namespace(path_type="linear", prediction="v", qk_norm=True)
+    model, info = load_sit(save({"ema": stored, "args": args, "steps": 5}, tmp_path / "a.pt"))
+    assert (model.config, info["format"]) == (config, "repa")
+    x, t, y = inputs()
+    expected = reference_forward(state, config, x, t, y)[0]
+    np.testing.assert_allclose(model(x, t, y).numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(expected, reference_forward(state, CONFIG, x, t, y)[0], atol=1e-3)
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_repas_file_has_our_time_and_loses_its_projectors(legacy, tmp_path):
     state = random_state()
@@ -227,10 +242,16 @@ def changed(**tensors):
         ([1, 2], "expected a dictionary of tensors, found a list"),
         ({"ema": {"w": torch.zeros(2)}}, r"expected a SiT's weights \(with x_embedder.proj.weight\), found w"),
         ({"epoch": 3}, "found no tensors"),
-        (changed(**{"blocks.1.attn.proj.bias": None}), r"1 that are not: blocks\.1\.attn\.proj\.bias is absent"),
+        (
+            changed(**{"blocks.1.attn.proj.bias": None}) | REPAS,
+            r"1 that are not: blocks\.1\.attn\.proj\.bias is absent",
+        ),
         (changed(**{"blocks.9.attn.proj.bias": torch.zeros(192)}), "found 10 blocks of width 192"),
-        (changed(**{"extra.weight": torch.zeros(2)}), r"extra\.weight is \(2,\), there absent"),
-        (changed(**{"blocks.0.attn.q_norm.weight": torch.zeros(64)}), "without qk_norm"),
+        (changed(**{"extra.weight": torch.zeros(2)}) | REPAS, r"extra\.weight is \(2,\), there absent"),
+        (
+            changed(**{"blocks.0.attn.q_norm.weight": torch.zeros(64)}) | REPAS,
+            r"23 that are not: blocks\.0\.attn\.k_norm\.bias is absent",
+        ),
         (changed() | {"args": argparse.Namespace(path_type="VP")}, "on the path VP"),
         (changed() | {"args": argparse.Namespace(prediction="score")}, "to predict score"),
     ],

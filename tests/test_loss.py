@@ -114,6 +114,17 @@ def test_training_loss_is_the_sum_of_eq_8(path, weight):
     assert torch.equal(seen["y"], y)
 
 
+@pytest.mark.parametrize("objective", ["smooth_l1", "l2"])
+def test_normalised_samples_are_compared_by_their_z_scores(objective):
+    f, target = draw(3, 4, 6, seed=1), 40 * draw(3, 4, 6, seed=2) + 7
+    t, alignment = torch.rand(3), Alignment(objective=objective, normalize=True)
+    scores = [torch.stack([(s - s.mean()) / s.std(correction=0) for s in x]) for x in (f, target)]
+    found = alignment_loss(f, target, t, alignment)
+    assert found.item() == pytest.approx(loop(objective, *scores, t, 0.05, 0, 1), rel=1e-6)
+    torch.testing.assert_close(found, alignment_loss(3 * f - 1, target / 100, t, alignment))
+    assert found < 10 < alignment_loss(f, target, t, Alignment(objective=objective))
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_predicted_data_are_compared_as_velocities(path):
     """Both divided by max(t, 0.05), so that the exact z has no loss; above that t it is the loss of the velocity."""

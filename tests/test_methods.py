@@ -26,10 +26,12 @@ from models import load
 from models.encoders import ENCODERS, load_encoder
 from models.sit import SiT
 from reporting.log import read_log
+from runtime.files import fields_of
 from runtime.seeding import step_generator
 from tests.stores import ENCODER, make_encoder, make_store
 from tests.test_loss import loop
 from tests.test_train import run, same, settings, weights
+from training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -351,10 +353,24 @@ def test_the_targets_channels_are_normalised_over_an_images_tokens(data, tmp_pat
     assert normalize_tokens(torch.ones(1, 4, 2)).abs().max() == 0  # a flat image has no deviation
     assert normalize_tokens(x.bfloat16()).dtype == torch.float32
     spy = Spy(monkeypatch)
-    run(data, tmp_path, max_train_steps=1, model="SiT-Ti/2", align_normalize=True)
+    run(data, tmp_path, max_train_steps=1, model="SiT-Ti/2", align_normalize="spatial")
     target = spy.calls[0].targets["vae"]
     assert target.mean(dim=1).abs().max() < 1e-5
     assert (target.std(dim=1, correction=0) - 1).abs().max() < 1e-4
+    assert not spy.calls[0].alignments["vae"].normalize
+
+
+def test_samples_are_normalised_in_the_loss_of_vae_alone(data, tmp_path, monkeypatch, repa):
+    spy = Spy(monkeypatch)
+    run(data, tmp_path, align="repa+vae", **repa, max_train_steps=1, align_normalize="sample")
+    assert {name: found.normalize for name, found in spy.calls[0].alignments.items()} == {"repa": False, "vae": True}
+    z = spy.calls[0].targets["vae"]
+    assert (z.mean(), z.std()) != pytest.approx((0, 1), abs=1e-3)  # the target itself is as ever
+
+
+@pytest.mark.parametrize(("old", "new"), [(False, "none"), (True, "spatial"), ("sample", "sample")])
+def test_older_records_say_whether_the_target_is_normalised(old, new):
+    assert fields_of(TrainConfig)["align_normalize"].read_old(old) == new
 
 
 @pytest.mark.parametrize(

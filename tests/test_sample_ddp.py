@@ -398,6 +398,7 @@ def test_a_process_that_fails_ends_them_all(tmp_path):
         {"guidance_scale": 1.0},
         {"guidance_low": 0.9},
         {"guidance_channels": "3"},
+        {"time_shift": "3.0"},
         {"guidance_high": 0.3},
         {"uint8_rule": "truncate"},
         {"labels": "balanced"},
@@ -416,7 +417,7 @@ def test_each_flag_changes_the_images_and_is_recorded(checkpoint, whole, tmp_pat
     if "classes" in changes:
         assert set(labels) == {0, 3}
     for name, value in changes.items():
-        value = UINT8_RULES[value] if name == "uint8_rule" else value
+        value = UINT8_RULES[value] if name == "uint8_rule" else float(value) if name == "time_shift" else value
         recorded = settings["guidance_interval"] if name in ("guidance_low", "guidance_high") else [settings[name]]
         assert (list(value) if isinstance(value, tuple) else value) in recorded
 
@@ -502,6 +503,11 @@ def refused(capsys, flags):
         ({"last_step_size": 0.0}, "--last-step-size: expected a size in (0, 1), found 0.0"),
         ({"guidance_scale": "nan"}, "--guidance-scale: expected finite scales, found nan"),
         ({"guidance_channels": 2}, "invalid choice: '2'"),
+        ({"time_shift": 0}, "--time-shift: expected a number above 0, or auto, found 0"),
+        ({"time_shift": "none"}, "--time-shift: expected a number above 0, or auto, found none"),
+        ({"parity": True, "mixed_precision": "bf16"}, "--mixed-precision: expected no beside --parity, found bf16"),
+        ({"parity": True, "vae_precision": "bf16"}, "--vae-precision: expected no beside --parity, found bf16"),
+        ({"parity": True, "no_tf32": True}, "--tf32: expected no --no-tf32 beside --parity, found False"),
         ({"guidance_low": -0.5}, "--guidance-low: expected times in [0, 1], found -0.5"),
         ({"guidance_low": 0.5, "guidance_high": 0.4}, "--guidance-high: expected a time in [0.5, 1]"),
         ({"seed": -1}, "--seed: expected an integer in [0, 2**64), found -1"),

@@ -3,15 +3,21 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+import torch
 
 import sample_ddp
 import sampling.record
+from diffusion.interpolant import Interpolant
+from models.load import load_sit
+from models.vae import load_vae
 from runtime import cli
 from runtime.files import Field
 from sampling import writer
 from sampling.config import SampleConfig
-from sampling.generator import SampleGenerator
+from sampling.generator import SampleGenerator, block_noise, decode_latents, sample_latents
+from sampling.record import describe, resume
 from tests.test_sample_ddp import Stopped, arguments, draw, make_checkpoint, refused, same_npz, settings_of
 
 SMALL = {"num_samples": 40, "sampler": "ode-euler", "guidance_high": 0.5, "labels": "balanced", "seed": 3}
@@ -199,3 +205,46 @@ def test_a_damaged_record_is_named(checkpoint, tmp_path, capsys, content):
 def test_a_record_without_what_all_have_is_named(checkpoint, tmp_path, capsys):
     (tmp_path / "samples.json").write_text('{"settings": {"seed": 0}}')
     assert "samples.json: damaged, it lacks 'mixed_precision'" in refused(capsys, arguments(checkpoint, tmp_path))
+
+
+@pytest.mark.parametrize("sampler", ["sde", "ode-heun", "ode-dopri5"])
+def test_the_checkpoints_prediction_and_shift_are_taken_and_recorded(tmp_path, sampler):
+    """A network that predicts data; and the shift is the run's unless one is given."""
+    data = make_checkpoint(tmp_path / "x", prediction="x", time_shift=2.0)
+    flags = {"num_samples": 16, "sampler": sampler, "guidance_scale": 1.0}
+    images, labels = draw(data, tmp_path / "own", **flags)
+    sit, info = load_sit(data)
+    z = sample_latents(
+        sit, torch.from_numpy(labels), block_noise(0, 0, 16, (4, 4, 4), "cpu"), sampler, 3, Interpolant("linear", "x"),
+        time_shift=2.0,
+    )  # fmt: skip
+    assert np.array_equal(images, decode_latents(load_vae(info["vae"]), z, info["scale"])[0].numpy())
+    settings = json.loads((tmp_path / "own" / "samples.json").read_text())["settings"]
+    shift = None if sampler == "ode-dopri5" else 2.0
+    assert (settings["prediction"], settings["time_shift"]) == ("x", shift)
+    plain = make_checkpoint(tmp_path / "v")
+    assert not np.array_equal(images, draw(plain, tmp_path / "plain", **flags)[0])
+    assert np.array_equal(images, draw(data, tmp_path / "given", **flags, time_shift="2")[0])
+    if shift:
+        assert not np.array_equal(images, draw(data, tmp_path / "auto", **flags, time_shift="auto")[0])
+        settings = json.loads((tmp_path / "auto" / "samples.json").read_text())["settings"]
+        assert settings["time_shift"] == pytest.approx((4 * 4 * 4 / 4096) ** 0.5)
+        sample_ddp.main(["--checkpoint", str(data), "--output-dir", str(tmp_path / "auto")])  # as it was begun
+
+
+def test_parity_is_float32_with_tf32_on_a_gpu_and_a_resume_does_not_undo_it(checkpoint):
+    sit, info = load_sit(checkpoint)
+    gpu, names = torch.device("cuda"), ("mixed_precision", "vae_precision", "tf32")
+
+    def described(given=(), recorded=None, **flags):
+        config = SampleConfig(checkpoint=(str(checkpoint),), **flags)
+        config = resume(config, set(given), recorded) if recorded else config
+        return describe(config, sit, info, gpu)
+
+    old = described()
+    assert [old[name] for name in names] == ["bf16", "bf16", False]
+    new = described(parity=True)
+    assert [new[name] for name in names] == ["no", "no", True]
+    assert new == described(mixed_precision="no", vae_precision="no", tf32=True)
+    assert described({"parity"}, old, parity=True) == new  # and is_complete refuses it: the settings differ
+    assert described((), new) == new

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from models.aligned import AlignedSiT
@@ -82,8 +83,8 @@ def reference_forward(weights, config, x, t, y, return_blocks=()):
     def silu(value):
         return value / (1 + np.exp(-value))
 
-    def normalise(value):
-        return (value - value.mean(-1, keepdims=True)) / np.sqrt(value.var(-1, keepdims=True) + 1e-6)
+    def normalise(value, eps=1e-6):
+        return (value - value.mean(-1, keepdims=True)) / np.sqrt(value.var(-1, keepdims=True) + eps)
 
     def gelu(value):
         return 0.5 * value * (1 + np.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))
@@ -117,6 +118,11 @@ def reference_forward(weights, config, x, t, y, return_blocks=()):
             attended = np.empty_like(q)
             for head in range(heads):
                 part = slice(head * D // heads, (head + 1) * D // heads)
+                if config.qk_norm:
+                    q[:, part], k[:, part] = (
+                        normalise(x[:, part], 1e-5) * w[f"{name}.attn.{kind}.weight"] + w[f"{name}.attn.{kind}.bias"]
+                        for kind, x in (("q_norm", q), ("k_norm", k))
+                    )
                 logits = q[:, part] @ k[:, part].T / math.sqrt(D // heads)
                 weight = np.exp(logits - logits.max(1, keepdims=True))
                 attended[:, part] = weight / weight.sum(1, keepdims=True) @ v[:, part]
@@ -137,14 +143,16 @@ def reference_forward(weights, config, x, t, y, return_blocks=()):
     return np.stack(outputs), [np.stack(tokens) for tokens in kept]
 
 
-def test_forward_equals_an_independent_one_in_float64():
-    model = randomised(TINY).double()
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_forward_equals_an_independent_one_in_float64(qk_norm):
+    config = dataclasses.replace(TINY, qk_norm=qk_norm)
+    model = randomised(config).double()
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
     t, y = torch.tensor([0.2, 0.9], dtype=torch.float64), torch.tensor([0, 5])
     velocity, tokens = model(x, t, y, return_blocks=(3, 1))
     # Fixed tables are float32 in the model: the agreement is that of the tables.
-    expected, expected_tokens = reference_forward(model.state_dict(), TINY, x, t, y, return_blocks=(3, 1))
+    expected, expected_tokens = reference_forward(model.state_dict(), config, x, t, y, return_blocks=(3, 1))
     np.testing.assert_allclose(velocity.detach().numpy(), expected, rtol=1e-5, atol=2e-6)
     for found, wanted in zip(tokens, expected_tokens, strict=True):
         np.testing.assert_allclose(found.detach().numpy(), wanted, rtol=1e-5, atol=2e-6)
@@ -199,8 +207,31 @@ def test_samples_of_a_batch_do_not_mix_and_the_null_class_is_its_own():
     assert not torch.allclose(both[1:], model(x[1:], t[1:], torch.tensor([4])))
 
 
-def test_tokens_stay_in_bfloat16_under_autocast():
-    model = randomised(TINY)
+def test_the_norms_of_heads_are_those_of_timms_attention():
+    """Of which REPA's blocks are made."""
+    ours = randomised(dataclasses.replace(TINY, qk_norm=True)).blocks[0].attn
+    theirs = timm.models.vision_transformer.Attention(
+        32, num_heads=4, qkv_bias=True, qk_norm=True, norm_layer=torch.nn.LayerNorm
+    )
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 16, 32)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+    plain = SiT(TINY).blocks[0].attn
+    plain.load_state_dict({name: value for name, value in ours.state_dict().items() if "_norm" not in name})
+    assert not torch.allclose(ours(x), plain(x), atol=1e-3)
+
+
+def test_the_time_embedding_is_in_float32_under_autocast():
+    embedder, t = randomised(TINY).t_embedder, torch.tensor([0.1, 0.5, 0.9])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = embedder(t)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, embedder(t))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_tokens_stay_in_bfloat16_under_autocast(qk_norm):
+    model = randomised(dataclasses.replace(TINY, qk_norm=qk_norm))
     with torch.autocast("cpu", torch.bfloat16):
         _, tokens = model(torch.randn(1, 3, 8, 8), torch.rand(1), torch.tensor([0]), return_blocks=(1, 2, 3))
     assert [t.dtype for t in tokens] == [torch.bfloat16] * 3
@@ -223,10 +254,12 @@ def test_config_round_trip_and_refusals():
         SiTConfig.from_name("SiT-XL/3")
     with pytest.raises(ValueError, match="divisible by the patch side 8, found 4"):
         SiTConfig.from_name("SiT-S/8", latent_size=4)
-    for name in config.to_dict():
+    for name in set(config.to_dict()) - {"qk_norm"}:  # that came later
         lacking = {key: value for key, value in config.to_dict().items() if key != name}
         with pytest.raises(ValueError, match=rf"^x\.json: damaged, it lacks '{name}'"):
             SiTConfig.from_dict(lacking, "x.json")
+    later = {key: value for key, value in config.to_dict().items() if key != "qk_norm"}
+    assert SiTConfig.from_dict(later) == config
     with pytest.raises(ValueError, match=r"^x\.json was written by newer code: it has 'registers'"):
         SiTConfig.from_dict(config.to_dict() | {"registers": 4}, "x.json")
 

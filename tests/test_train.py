@@ -251,7 +251,8 @@ def plain(data, tmp_path_factory):
 
 CHANGES = {
     "seed": 1, "init_from": "a run with another seed", "model": "SiT-Ti/8", "path_type": "cosine", "align": "none",
-    "align_depth": 3, "align_weight": 0.5, "align_schedule": "linear:2", "align_head": "conv", "align_normalize": True,
+    "align_depth": 3, "align_weight": 0.5, "align_schedule": "linear:2", "align_head": "conv",
+    "align_normalize": "sample", "qk_norm": True,
     "align_layers": 4, "align_objective": "l2", "align_beta": 0.5, "align_time_range": (0.0, 0.5),
     "align_target": "mean", "batch_size": 4, "learning_rate": 1e-4, "adam_beta1": 0.5, "adam_beta2": 0.5,
     "adam_weight_decay": 0.5, "adam_epsilon": 1e-3, "max_grad_norm": 0.01, "label_dropout": 1.0, "random_flip": True,

@@ -51,6 +51,7 @@ class RunSettings:
 
     model: str = _model("SiT-XL/2", "SiT-SIZE/PATCH: sizes Ti, S, B, L, XL; patches 1, 2, 4, 8")
     path_type: str = _model("linear", "path between data and noise (Eq. 1)", choices=("linear", "cosine"))
+    qk_norm: bool = _model(False, "LayerNorm of each head's queries and keys, as REPA's flag")
     prediction: str = _model(
         "v", "what the network gives: the velocity, or the data, whose velocity the loss takes", choices=("v", "x")
     )

@@ -308,7 +308,8 @@ def build_sit(config: TrainConfig, store: LatentDataset, source: tuple[SiT, dict
     if height != width:
         raise ValueError(f"expected square latents, found {height} x {width} in {config.data_dir}")
     torch.manual_seed(config.seed)
-    sit = SiT(SiTConfig.from_name(config.model, height, channels, config.num_classes))
+    shape = SiTConfig.from_name(config.model, height, channels, config.num_classes)
+    sit = SiT(dataclasses.replace(shape, qk_norm=config.qk_norm))
     if source is not None:
         load_init_weights(config, sit, *source, store.scale, store.class_names)
     return sit
@@ -378,7 +379,8 @@ def warn_of_scale(run: Run) -> None:
     if not 0.5 < found < 2:
         warnings.warn(
             f"expected scaled latents with a std near 1, found {found:.3g} in {run.config.data_dir}; "
-            f"dump them again with --scale auto",
+            f"dump them again with --scale auto"
+            + (", or align by --align-normalize sample" if "vae" in parse_align(run.config.align) else ""),
             stacklevel=2,
         )
 
