@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from huggingface_hub import constants, get_session
 from torch import Tensor
@@ -69,12 +70,23 @@ def _by_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.dev
 
 
 def scale_from_config(vae: AutoencoderKL) -> LatentScale:
-    """The scale that a VAE's own config records, by channel where it has statistics by channel."""
+    """The scale that a VAE's own config records: (f - latents_mean) / latents_std by channel, where it has them, as
+    those of REPA-E; or else its scaling factor, which diffusers puts into every config, and its shift factor.
+
+    Raises:
+        ValueError: statistics of other than the latents' channels.
+    """
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is not None and std is not None:
-        return LatentScale(tuple(config.scaling_factor / value for value in std), tuple(map(float, mean)))
-    return LatentScale((config.scaling_factor,), (config.get("shift_factor") or 0.0,))
+    if mean is None or std is None:
+        return LatentScale((config.scaling_factor,), (config.get("shift_factor") or 0.0,))
+    mean, std = (np.asarray(values, dtype=np.float64).ravel().tolist() for values in (mean, std))
+    if not len(mean) == len(std) == config.latent_channels:
+        raise ValueError(
+            f"--vae: expected latents_mean and latents_std of {config.latent_channels} channels in its config, found "
+            f"{len(mean)} and {len(std)} numbers; use --scale auto"
+        )
+    return LatentScale(tuple(1 / value for value in std), tuple(mean))
 
 
 def hub_is_reachable() -> bool:

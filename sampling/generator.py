@@ -74,10 +74,11 @@ def sample_latents(
         return torch.cat([sample_dopri5(velocity, x, **options, ends_at_0=ends_at_0) for x, velocity in velocities])
     velocity = guided_velocity(sit, y, sit.config.num_classes, *guidance)
     if sampler == "sde":
-        solver = {"time_shift": time_shift, **options}
-        return sample_sde(velocity, noise(), num_steps, noise, interpolant, last_step_size, **solver)
+        options["time_shift"] = time_shift
+        return sample_sde(velocity, noise(), num_steps, noise, interpolant, last_step_size, **options)
     if sampler in ("ode-euler", "ode-heun", "ode-heun-repa"):
-        return sample_ode(velocity, noise(), num_steps, "heun" in sampler, "repa" in sampler, time_shift, ends_at_0)
+        form = {"heun": "heun" in sampler, "repa": "repa" in sampler}
+        return sample_ode(velocity, noise(), num_steps, **form, time_shift=time_shift, ends_at_0=ends_at_0)
     raise ValueError(f"expected a sampler among {', '.join(SAMPLERS)} (--sampler), found {sampler!r}")
 
 

@@ -438,11 +438,15 @@ def test_each_sampler_is_its_solver_and_all_begin_with_the_same_noise(checkpoint
         with monkeypatch.context() as patched:
             patched.setattr(sampling.generator, solver, spy(sampler))
             draw(checkpoint, tmp_path / sampler, num_samples=16, sampler=sampler)
-    assert options["sde"] == (3, {"diffusion_form": "linear", "diffusion_norm": 1.0, "last_step": "mean"})
-    assert options["ode-euler"] == (3, {"heun": False, "repa": False})
-    assert options["ode-heun"] == (3, {"heun": True, "repa": False})
-    assert options["ode-heun-repa"] == (3, {"heun": True, "repa": True})
-    assert options["ode-dopri5"] == ({"atol": 1e-6, "rtol": 1e-3},)
+    assert options["sde"] == (
+        3,
+        {"diffusion_form": "linear", "diffusion_norm": 1.0, "last_step": "mean", "time_shift": 1.0},
+    )
+    shared = {"time_shift": 1.0, "ends_at_0": True}
+    assert options["ode-euler"] == (3, {"heun": False, "repa": False, **shared})
+    assert options["ode-heun"] == (3, {"heun": True, "repa": False, **shared})
+    assert options["ode-heun-repa"] == (3, {"heun": True, "repa": True, **shared})
+    assert options["ode-dopri5"] == ({"atol": 1e-6, "rtol": 1e-3, "ends_at_0": True},)
     assert all(torch.equal(starts["sde"], start) for start in starts.values())
 
 

@@ -1,13 +1,21 @@
 """What knows the VAE: scale, moments, decoding, loading."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from diffusers import AutoencoderKL
+from PIL import Image
 
+import sample_ddp
 import sampling.config
+import train
+from dataset import LatentDataset, read_paths
+from diffusion.interpolant import Interpolant
+from models.load import load_sit
 from models.tensor_file import state_digest
 from models.vae import (
     UINT8_RULES,
@@ -23,6 +31,8 @@ from models.vae import (
     vae_digest,
     vae_factor,
 )
+from preprocessing import dump_latents
+from sampling.generator import block_noise, sample_latents
 from tests.stores import make_vae
 
 
@@ -154,7 +164,73 @@ def test_scale_comes_from_the_config(folder):
     vae.register_to_config(shift_factor=0.1)
     assert scale_from_config(vae) == LatentScale((0.9,), (0.1,))
     vae.register_to_config(latents_mean=[0.0, 1.0, 2.0, 3.0], latents_std=[1.0, 2.0, 4.0, 8.0])
-    assert scale_from_config(vae) == LatentScale((0.9, 0.45, 0.225, 0.1125), (0.0, 1.0, 2.0, 3.0))
+    assert scale_from_config(vae) == LatentScale((1.0, 0.5, 0.25, 0.125), (0.0, 1.0, 2.0, 3.0))
+    vae.register_to_config(latents_mean=[[[[0.0]], [[1.0]], [[2.0]], [[3.0]]]], latents_std=[1.0, 2.0, 4.0, 8.0])
+    assert scale_from_config(vae) == LatentScale((1.0, 0.5, 0.25, 0.125), (0.0, 1.0, 2.0, 3.0))
+    vae.register_to_config(latents_mean=[0.0], latents_std=[1.0])
+    with pytest.raises(ValueError, match=r"--vae: expected .* of 4 channels .*found 1 and 1 numbers; use --scale auto"):
+        scale_from_config(vae)
+
+
+@pytest.fixture
+def _fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+@pytest.mark.parametrize("by_channel", [True, False])
+def test_a_vae_of_32_channels_from_images_to_images(tmp_path, by_channel):
+    """Of the shape of REPA-E's, 16 pixels to a latent: dumped, scaled, trained on with patch 1, decoded."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 5, up_block_types=("UpDecoderBlock2D",) * 5,
+        block_out_channels=(8,) * 5, layers_per_block=1, norm_num_groups=4, latent_channels=32, scaling_factor=0.3,
+        use_quant_conv=by_channel, use_post_quant_conv=by_channel,
+    )  # fmt: skip
+    mean, std = np.linspace(-1, 1, 32), np.linspace(0.2, 3, 32)
+    if by_channel:
+        vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    vae.save_pretrained(tmp_path / "vae")
+    rng = np.random.default_rng(0)
+    for k in range(6):
+        (tmp_path / "images" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+        picture.save(tmp_path / "images" / "ab"[k % 2] / f"{k}.png")
+
+    dump_latents.main(
+        f"--source {tmp_path / 'images'} --output-dir {tmp_path / 'store'} --resolution 64 --num-workers 0 "
+        f"--vae {tmp_path / 'vae'}".split()
+    )
+    store = LatentDataset(tmp_path / "store")
+    assert store.latent_shape == (32, 4, 4)
+    scale = (1 / std, mean) if by_channel else ([0.3], [0.0])
+    np.testing.assert_allclose((store.scale.scale, store.scale.shift), scale)
+    crops = np.stack([np.asarray(Image.open(tmp_path / "images" / path)) for path in read_paths(tmp_path / "store")])
+    with torch.no_grad():
+        f = vae.eval().encode(torch.from_numpy(crops).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean
+    torch.testing.assert_close(store.__getitems__([*range(6)])["moments"][:, :32], f, rtol=1e-4, atol=1e-5)
+
+    flags = f"--data-dir {tmp_path / 'store'} --output-dir {tmp_path} --exp-name run --model SiT-Ti/1 --batch-size 2 "
+    flags += "--max-train-steps 1 --num-workers 0 --sampling-steps 1 --sampling-num-steps 1 --sampling-count 2"
+    far = pytest.warns(UserWarning, match="std near 1, found 0.3.*--align-normalize sample")
+    with nullcontext() if by_channel else far:
+        train.main(flags.split())
+    sit, _ = load_sit(tmp_path / "run")
+    assert (sit.config.patch_size, sit.config.in_channels, sit.config.num_tokens) == (1, 32, 16)
+    sample_ddp.main(
+        f"--checkpoint {tmp_path / 'run'} --output-dir {tmp_path / 'drawn'} --num-samples 3 --sampler ode-euler "
+        "--num-steps 2 --per-proc-batch-size 16 --guidance-scale 1".split()
+    )
+    with np.load(tmp_path / "drawn" / "samples.npz") as archive:
+        images, labels = archive["arr_0"], archive["arr_1"]
+    y = torch.from_numpy(np.resize(labels, 16))
+    z = sample_latents(sit, y, block_noise(0, 0, 16, (32, 4, 4), "cpu"), "ode-euler", 2, Interpolant())[:3]
+    f = z * torch.from_numpy(std).view(-1, 1, 1) + torch.from_numpy(mean).view(-1, 1, 1) if by_channel else z / 0.3
+    with torch.no_grad():
+        x = vae.decode(f.float()).sample.permute(0, 2, 3, 1).numpy()
+    assert np.abs(images - np.clip(127.5 * x + 127.5, 0, 255)).max() < 0.51
 
 
 def test_an_absent_hub_is_named_at_once_without_a_warning(monkeypatch, recwarn):
