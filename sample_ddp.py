@@ -40,7 +40,7 @@ from evaluations.evaluator import Evaluation, Settings, describe_source
 from evaluations.images import open_images
 from evaluations.networks import load_network
 from models.load import has_null_class, load_sit
-from models.sit import SiT
+from models.sit import SiT, SiTConfig
 from models.vae import UNKNOWN_VAE, check_vae, decoder_digest, load_vae, vae_digest
 from runtime.distributed import allow_tf32, barrier, choose_device, copy_to_host_async, hold_directory, run_on_rank0
 from runtime.files import to_json, write_atomically
@@ -49,6 +49,8 @@ from sampling.batch_size import find_batch_size
 from sampling.generator import SampleGenerator, choose_classes, put_on_device
 from sampling.record import describe, describe_run, read_settings, resume
 from sampling.writer import SampleWriter, choose_directory, create, is_complete, remove_partial
+
+FT_VAES = {name: f"stabilityai/sd-vae-ft-{name}" for name in ("ema", "mse")}  # as REPA's --vae says them
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -142,16 +144,34 @@ def load_model(config: SampleConfig, checkpoint: str, rank: int) -> tuple[SiT, d
             f"channels (the SD-VAE's), found {sit.config.in_channels} channels; fine-tune it on a store by train.py "
             f"--init-from, whose checkpoints tell it"
         )
+    check_stated(config, sit, info)
     untrained = not (has_null_class(info) or config.autoguidance)
     if untrained and any(scale != 1 for scale in config.guidance_scale):
         raise ValueError(
             f"--guidance-scale: expected 1 for {checkpoint}, which was trained with --label-dropout 0: its null "
             f"class was never trained, found {' '.join(f'{scale:g}' for scale in config.guidance_scale)}"
         )
-    info["vae"] = config.vae or info["vae"]
+    info["vae"] = FT_VAES.get(config.vae, config.vae) or info["vae"]
     if info["vae_digest"] == UNKNOWN_VAE and rank == 0:  # any VAE is accepted, and recorded for each set
         print(f"{checkpoint} does not say which VAE it was trained with: taking {info['vae']}", flush=True)
     return sit, info
+
+
+def check_stated(config: SampleConfig, sit: SiT, info: dict[str, Any]) -> None:
+    """Refuse what the command says of the checkpoint if the checkpoint says something else."""
+    names = "depth", "hidden_size", "num_heads", "patch_size"
+    stated = SiTConfig.from_name(config.model, sit.config.latent_size) if config.model else sit.config
+    same = all(getattr(stated, name) == getattr(sit.config, name) for name in names)
+    shape = " ".join(f"{name} {getattr(sit.config, name)}" for name in names)
+    cli.check(config, "model", same, f"{info['source']}'s: {shape}")
+    found = {"resolution": info["resolution"], "num_classes": sit.config.num_classes, "path_type": info["path_type"]}
+    trained = info.get("config") or {}
+    prefix = {"vae": "align"}.get(trained.get("align"), trained.get("align"))
+    depths = trained.get(f"{prefix}_depth") or [info.get("encoder_depth")]
+    found["encoder_depth"] = depths[0] if len(depths) == 1 else None
+    for name, value in found.items():
+        same = value is None or getattr(config, name) in (None, value)
+        cli.check(config, name, same, f"{value}, which {info['source']} was trained with")
 
 
 def load_guide(config: SampleConfig, sit: SiT, info: dict[str, Any]) -> SiT | None:

@@ -46,11 +46,9 @@ class VAESettings:
     """VAE-REPA, Section 3.2 of the paper."""
 
     align_depth: tuple[int, ...] | None = _alignment_vae(
-        None,
-        "blocks that are aligned, counted from 1; several share the weight; by default S 2, B 2, L 8, XL 8",
-        aliases=("--encoder-depth",),
+        None, "blocks that are aligned, counted from 1; several share the weight; by default S 2, B 2, L 8, XL 8"
     )
-    align_weight: float = _alignment_vae(1.0, "lambda of Eq. 8", aliases=("--proj-coeff",))
+    align_weight: float = _alignment_vae(1.0, "lambda of Eq. 8")
     align_schedule: str = _alignment_vae("constant", _SCHEDULE)
     align_objective: str = _alignment_vae("smooth_l1", "objective of Eq. 7", choices=OBJECTIVES)
     align_head: str = _alignment_vae("mlp", _HEAD, choices=("mlp", "conv"))
@@ -74,7 +72,6 @@ class REPASettings:
         "dinov2-vit-b",
         "encoder: dinov2-vit-s, -b, -l, -g, dinov2reg-vit-b, -l, -g, dinov3-vit-s, -b, -l, mae-vit-b, -l, "
         "clip-vit-b, -l, siglip-vit-b, -l, or a vision transformer's name in timm",
-        aliases=("--enc-type",),
     )
     repa_weights: str | None = _alignment_repa(None, "local file of its weights, not the hub; random: to measure speed")
     repa_final_norm: bool | None = _alignment_repa(

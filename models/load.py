@@ -196,4 +196,5 @@ def _load_foreign(path: Path, format: str | None) -> tuple[SiT, dict[str, Any]]:
         "path_type": path_type,
         "prediction": "v",
         "time_shift": 1.0,
+        "encoder_depth": args.get("encoder_depth"),
     }

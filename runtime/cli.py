@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeVar
 from runtime.files import REQUIRED, Field
 
 Config = TypeVar("Config")
+PRESETS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def flag(
@@ -75,9 +76,21 @@ def is_positive(text: str) -> bool:
 
 class _Parser(argparse.ArgumentParser):
     source = ""  # named in errors: where the values that are being read come from
+    seen: dict[str, tuple]  # of each setting, the spelling that gave it last and the value
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {self.source}{message}\n")
+
+
+class _Store(argparse.Action):
+    """Keeps a value; two spellings of one flag with different values are an error (of one spelling the later wins)."""
+
+    def __call__(self, parser, arguments, values, option_string=None):
+        spelling, before = parser.seen.get(self.dest, (option_string, values))
+        if spelling != option_string and before != values:
+            parser.error(f"{option_string}: expected {_shown(before)}, as {spelling} says, found {_shown(values)}")
+        parser.seen[self.dest] = option_string, values
+        setattr(arguments, self.dest, values)
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -86,7 +99,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def parse(config_class: type[Config], argv: Sequence[str] | None = None, description: str = "") -> Config:
-    """Build `config_class` from defaults, then `--config file.yaml`, then the command line; the later wins.
+    """Build `config_class` from defaults, a `--preset`, `--config file.yaml`, the command line; the later wins.
 
     Exits with code 2 and one line on an unknown flag or key, a value of the wrong type, or a missing required flag.
     """
@@ -96,8 +109,14 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, descrip
 def parse_given(
     config_class: type[Config], argv: Sequence[str] | None = None, description: str = ""
 ) -> tuple[Config, frozenset[str]]:
-    """As `parse`; and the names of the fields that the user gave, in the config file or on the command line."""
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    """As `parse`; and the names of the flags that the user gave, by preset, in the config file or on the command line.
+
+    If the class has `other_flags`, another dataclass of flags, these are no settings of their own:
+    `other_flags.meaning(those given, all that was given)` says which settings they mean.
+    """
+    other = getattr(config_class, "other_flags", None)
+    settings = {field.name: field for field in dataclasses.fields(config_class)}
+    fields = ({field.name: field for field in dataclasses.fields(other)} if other else {}) | settings
     positional = next((field for field in fields.values() if field.metadata["positional"]), None)
     usage = positional.name.upper() + " " if positional else ""
     parser = _Parser(
@@ -107,9 +126,9 @@ def parse_given(
         formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", metavar="YAML", help="file that sets any of the flags below (key: value)")
-    hints = typing.get_type_hints(config_class)
+    hints = (typing.get_type_hints(other) if other else {}) | typing.get_type_hints(config_class)
     groups = {}
-    for name, field in fields.items():
+    for name, field in (settings | fields).items():
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -118,21 +137,48 @@ def parse_given(
     argv = list(sys.argv[1:] if argv is None else argv)
     if positional and argv and not argv[0].startswith("-"):
         argv.insert(0, _spellings(positional)[0])
-    given = _parse(parser, fields, argv)
-    from_file: dict[str, Any] = {}
-    config_file = given.pop("config")
+    # What was given, by source; the later wins.
+    layers = [("", _parse(parser, fields, argv))]
+    config_file = layers[0][1].pop("config")
     if config_file:
-        parser.source = f"--config {config_file}: "
-        from_file = _parse(parser, fields, _yaml_to_flags(parser, config_file, fields, hints))
-        del from_file["config"]
-    given = from_file | given
-    values = {name: field.default for name, field in fields.items()} | given
+        layers.insert(0, _read_yaml(parser, f"--config {config_file}: ", config_file, fields, hints))
+    preset = dict(item for _, layer in layers for item in layer.items()).get("preset")
+    if preset:
+        layers.insert(0, _read_yaml(parser, f"--preset {preset}: ", _preset_file(parser, preset), fields, hints))
+    given = dict(item for _, layer in layers for item in layer.items())
+    values = {name: field.default for name, field in settings.items()}
+    names = set(given)
+    for parser.source, layer in layers:
+        found = _translated(parser, layer, given, settings, other)
+        values |= found
+        names |= found.keys()
     missing = [_spellings(fields[name])[0] for name, value in values.items() if value is REQUIRED]
     if missing:
         parser.error(f"missing {', '.join(missing)} (see --help)")
     for name, value in values.items():
         values[name] = tuple(map(_at_home, value)) if isinstance(value, (list, tuple)) else _at_home(value)
-    return config_class(**values), frozenset(given)
+    return config_class(**values), frozenset(names)
+
+
+def _translated(parser: _Parser, layer: dict, given: dict, settings: dict, other: type | None) -> dict[str, Any]:
+    """One source's settings, with those that its flags of `other` mean."""
+    own = {name: value for name, value in layer.items() if name in settings}
+    try:
+        flags = {name: value for name, value in layer.items() if name not in settings}
+        meant = other.meaning(flags, given) if flags else {}
+    except ValueError as error:
+        parser.error(str(error))
+    for name, (flag, value) in meant.items():
+        means = f"--{flag} means --{name}".replace("_", "-")
+        if name not in settings:
+            parser.error(f"{means}, which does not exist")
+        if own.setdefault(name, value) != value:
+            parser.error(f"{means} {_shown(value)}, found {_shown(own[name])} beside it; leave one of them out")
+    return own
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _at_home(value: Any) -> Any:
@@ -142,6 +188,7 @@ def _at_home(value: Any) -> Any:
 
 def _parse(parser: _Parser, fields: dict[str, dataclasses.Field], argv: Sequence[str] | None) -> dict[str, Any]:
     """What `argv` says, by field name."""
+    parser.seen = {}
     arguments, unknown = parser.parse_known_args(argv)
     positional = next((field for field in fields.values() if field.metadata["positional"]), None)
     if (
@@ -171,7 +218,7 @@ def _argument(field: dataclasses.Field, hint: Any) -> dict:
     if _is_bool(hint):
         return common | {"action": argparse.BooleanOptionalAction}
     hint = _without_none(hint)
-    common |= {"choices": field.metadata["choices"], "metavar": field.metadata["metavar"]}
+    common |= {"choices": field.metadata["choices"], "metavar": field.metadata["metavar"], "action": _Store}
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)
         return common | {"type": inner[0], "nargs": "+" if inner[-1] is Ellipsis else len(inner)}
@@ -192,6 +239,22 @@ def _is_bool(hint: Any) -> bool:
 def _unknown(kind: str, found: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(found.split("=")[0], list(known), n=1)
     return f"unknown {kind} {found}" + (f"; did you mean {close[0]}?" if close else " (see --help)")
+
+
+def _preset_file(parser: _Parser, name: str) -> str:
+    """The file of a preset in `configs/`, by its name."""
+    known = {file.stem: str(file) for file in sorted(PRESETS.glob("*.yaml"))}
+    if name not in known:
+        parser.error(f"--preset: expected one of {', '.join(known)}, found {name}")
+    return known[name]
+
+
+def _read_yaml(parser: _Parser, source: str, path: str, fields: dict, hints: dict) -> tuple[str, dict[str, Any]]:
+    """What a file says, by field name; and how errors name it."""
+    parser.source = source
+    found = _parse(parser, fields, _yaml_to_flags(parser, path, fields, hints))
+    del found["config"]
+    return source, found
 
 
 def _yaml_to_flags(parser: _Parser, path: str, fields: dict[str, dataclasses.Field], hints: dict) -> list[str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from runtime.cli import REQUIRED, check, flag, is_positive
 from runtime.files import Field
+from runtime.repa_flags import REPASampleFlags
 
 BLOCK = 16  # images that share a generator of noise; part of what determines the images
 SAMPLERS = ("sde", "ode-euler", "ode-heun", "ode-heun-repa", "ode-dopri5")
@@ -23,8 +25,8 @@ LARGEST_BATCH, CPU_BATCH = 256, 64  # of --per-proc-batch-size auto
 
 _AUTO = f"the largest up to {LARGEST_BATCH} for which a GPU has memory ({CPU_BATCH} on a CPU)"
 _LAST_STEP_SIZE = Field(0.04, old_names=("last_t",))
-_GROUPS = "files", "evaluation", "what to draw", "solver", "speed"
-_file, _evaluation, _set, _solver, _speed = (partial(flag, group=group) for group in _GROUPS)
+_GROUPS = "files", "evaluation", "what to draw", "solver", "speed", "compared with the checkpoint"
+_file, _evaluation, _set, _solver, _speed, _stated = (partial(flag, group=group) for group in _GROUPS)
 _precision = partial(_speed, None, choices=PRECISIONS, record=Field())
 
 
@@ -32,17 +34,24 @@ _precision = partial(_speed, None, choices=PRECISIONS, record=Field())
 class SampleConfig:
     """Settings of one set of samples, or of a sweep over checkpoints, guidance scales and intervals."""
 
+    other_flags: ClassVar = REPASampleFlags
+
     checkpoint: tuple[str, ...] = _file(
-        REQUIRED, "<run>/checkpoints/<step>, a run (its newest), or a file of SiT's, REPA's, SRA's; several: a set each"
+        REQUIRED,
+        "<run>/checkpoints/<step>, a run (its newest), or a file of SiT's, REPA's, SRA's; several: a set each",
+        aliases=("--ckpt",),
     )
     output_dir: str | None = _file(
         None, "directory of the result, of several their parent; by default <run>/samples/ and a name of the settings"
     )
+    sample_dir: str | None = _file(None, "directory in which the result has one of its own, named by the settings")
     checkpoint_format: str | None = _file(
         None, "whose file the checkpoint is, where it does not tell: sit, repa or sra", metavar="PROJECT"
     )
     ema: str | None = _file(None, "which EMA of a run, by its decay, as 0.999 or power-0.05; the first unless set")
-    vae: str | None = _file(None, "hub name, local directory or file of the checkpoint's VAE, if not where it says")
+    vae: str | None = _file(
+        None, "hub name (ema, mse: sd-vae-ft-...), directory or file of its VAE, if not where it says"
+    )
     npz: bool = _file(True, "write samples.npz", record=Field(True))
     png: bool = _file(False, "also write each image as images/000000.png")
 
@@ -54,10 +63,10 @@ class SampleConfig:
         None, "weights-inception-2015-12-05-6726825d.pth; by default torch's cache, or a download"
     )
 
-    num_samples: int = _set(50_000, "images in all")
+    num_samples: int = _set(50_000, "images in all", aliases=("--num-fid-samples",))
     labels: str = _set("random", "random: a fair draw for each image; balanced: as many of each class", choices=LABELS)
     classes: tuple[int, ...] | None = _set(None, "draw these classes only, by number", metavar="CLASS")
-    seed: int = _set(0, "seed of noise and labels")
+    seed: int = _set(0, "seed of noise and labels", aliases=("--global-seed",))
     uint8_rule: str = _set(
         "floor",
         "colours in [-1, 1] to pixels: floor 127.5x + 128, or truncate or round 255 (x + 1) / 2",
@@ -89,7 +98,7 @@ class SampleConfig:
         "mean", "sde: the last step, by the drift (mean), Tweedie's formula, the velocity (euler)", choices=LAST_STEPS
     )
     guidance_scale: tuple[float, ...] = _solver(
-        (1.0,), "v_null + scale (v_class - v_null): 1 is none; several: a set each"
+        (1.0,), "v_null + scale (v_class - v_null): 1 is none; several: a set each", aliases=("--cfg-scale",)
     )
     guidance_low: tuple[float, ...] = _solver((0.0,), "guide from this time on (t = 0: data); several: intervals")
     guidance_high: tuple[float, ...] = _solver((1.0,), "guide up to this time (t = 1: noise); several: intervals")
@@ -111,6 +120,12 @@ class SampleConfig:
     )
     timeout: int = _speed(43_200, "seconds after which a process that waits for another gives up")
     device: str | None = _speed(None, "a GPU if there is one, unless set", choices=("cpu", "cuda"))
+
+    model: str | None = _stated(None, "its SiT, such as SiT-XL/2")
+    resolution: int | None = _stated(None, "side of its images in pixels")
+    num_classes: int | None = _stated(None, "classes it can tell apart")
+    path_type: str | None = _stated(None, "its path", choices=("linear", "cosine"))
+    encoder_depth: int | None = _stated(None, "block it was aligned at, where it tells")
 
     def __post_init__(self):
         for name in ("num_samples", "num_steps", "timeout"):
@@ -137,6 +152,7 @@ class SampleConfig:
         for low, high in self.guidance_intervals():
             check(self, "guidance_low", 0 <= low <= 1, "times in [0, 1]")
             check(self, "guidance_high", low <= high <= 1, f"a time in [{low}, 1], not before --guidance-low")
+        check(self, "sample_dir", not (self.sample_dir and self.output_dir), "no --output-dir beside it")
         check(self, "seed", 0 <= self.seed < 2**64, "an integer in [0, 2**64)")
         enough = not self.evaluate or self.num_samples > NEIGHBOURS
         check(self, "num_samples", enough, f"more than {NEIGHBOURS} beside --evaluate")

@@ -169,7 +169,7 @@ def choose_directory(config: SampleConfig, one: SampleConfig, info: dict[str, An
         name += "-t{:g}-{:g}".format(*interval)
     name += f"-seed{one.seed}-n{one.num_samples}" + (f"-ema-{one.ema}" if one.ema else "")
     if config.output_dir is None:
-        return run_dir / "samples" / name
+        return (Path(config.sample_dir) / f"{run_dir.name}-{name}") if config.sample_dir else run_dir / "samples" / name
     several = len(config.checkpoint) * len(config.sets()) > 1
     return Path(config.output_dir) / f"{run_dir.name}-{name}" if several else Path(config.output_dir)
 

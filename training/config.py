@@ -12,10 +12,12 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from alignment.settings import AlignmentSettings
 from runtime.cli import REQUIRED, check, flag, is_positive
 from runtime.files import Field
+from runtime.repa_flags import REPATrainFlags
 
 _data = partial(flag, group="data")
 _run = partial(flag, group="run")
@@ -39,6 +41,9 @@ class RunSettings:
     num_workers: int = _data(2, "DataLoader workers that read the store, per GPU", on_resume="free")
     verify_data: bool = _data(False, "compare the digests of the whole store before the first step", on_resume="free")
 
+    preset: str | None = _run(
+        None, "flags of a published method: a file of configs/ by its name; others' win over them"
+    )
     output_dir: str = _run("exps", "directory of all runs", on_resume="free")
     exp_name: str | None = _run(None, "name of this run; by default made of model and alignment", on_resume="free")
     resume: bool = _run(True, "resume from the newest checkpoint if the run's directory has one", on_resume="free")
@@ -102,9 +107,14 @@ _RANGES = (
 class TrainConfig(AlignmentSettings, RunSettings):
     """Settings of a run; saved as `config.json` in its directory and in every checkpoint."""
 
+    other_flags: ClassVar = REPATrainFlags
+
     batch_size: int = _optimisation(256, "images per step, over all processes and accumulation steps")
     gradient_accumulation_steps: int = _optimisation(1, "micro-batches per step and process", on_resume="free")
     max_train_steps: int = _optimisation(400_000, "steps in all", on_resume="free")
+    epochs: int | None = _optimisation(
+        None, "the same in passes over the data; if both are given, the fewer steps", on_resume="free"
+    )
     learning_rate: float = _optimisation(
         1e-4, "AdamW's learning rate, the highest of a schedule", on_resume="announced"
     )
@@ -190,6 +200,7 @@ class TrainConfig(AlignmentSettings, RunSettings):
             if end <= begin:
                 raise ValueError(f"--lr-decay-steps: expected more than the {begin} of --lr-warmup-steps, found {end}")
         rises = self.lr_warmup_steps or self.lr_schedule != "inverse-sqrt"
+        check(self, "epochs", self.epochs is None or self.epochs >= 1, "at least 1")
         check(self, "lr_warmup_steps", rises, "1 or more with --lr-schedule inverse-sqrt")
 
     @property

@@ -114,7 +114,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     if state:
         config = resumed_config(config, given, state["config"], checkpoint / "state.json")
     store = LatentDataset(config.data_dir, images="images" in needs_of(config.align))
-    config = resolve(config, store, torch.cuda.is_available())
+    config = resolve(epochs_to_steps(config, given, len(store)), store, torch.cuda.is_available())
     check_data(config, store, checkpoint, state)
 
     # The processes, and what each reads.
@@ -166,6 +166,15 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
         ),
         *start_records(config, record, sampler.start_step, accelerator),
     )
+
+
+def epochs_to_steps(config: TrainConfig, given: frozenset[str] | None, images: int) -> TrainConfig:
+    """The config with --epochs in --max-train-steps; a resumed run without the flag has its steps from the record."""
+    if config.epochs is None:
+        return config
+    steps = max(1, int(config.epochs * images / config.batch_size))
+    both = given is None or "max_train_steps" in given
+    return dataclasses.replace(config, max_train_steps=min(steps, config.max_train_steps) if both else steps)
 
 
 def resolve(config: TrainConfig, store: LatentDataset, on_gpu: bool) -> TrainConfig:
@@ -356,6 +365,8 @@ def start_records(
 def warn_of_settings(run: Run, given: frozenset[str]) -> None:
     """Say which settings do nothing."""
     config, names = run.config, parse_align(run.config.align)
+    if "enc_type" in given and "repa" in names:
+        print(f"--enc-type: REPA is trained (--align {config.align})", flush=True)
     for method in METHODS:
         unused = sorted(given & settings_by(group=f"alignment: {method}"))
         if method not in names and unused:

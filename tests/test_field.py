@@ -1,0 +1,246 @@
+"""What users of REPA, SRA and iREPA expect by habit: the commands of REPA's README, and presets of published methods."""
+
+import dataclasses
+import json
+import shlex
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+
+import sample_ddp
+import train
+from models.load import load_sit, read_state
+from runtime import cli
+from sampling.config import SampleConfig
+from tests.stores import ENCODER, make_store, make_vae
+from training.config import TrainConfig
+
+# sihyun-yu/REPA@67f7145, README.md: its two commands, with other paths.
+TRAIN = """
+accelerate launch train.py \
+  --report-to="wandb" \
+  --allow-tf32 \
+  --mixed-precision="fp16" \
+  --seed=0 \
+  --path-type="linear" \
+  --prediction="v" \
+  --weighting="uniform" \
+  --model="SiT-XL/2" \
+  --enc-type="dinov2-vit-b" \
+  --proj-coeff=0.5 \
+  --encoder-depth=8 \
+  --output-dir="exps" \
+  --exp-name="linear-dinov2-b-enc8" \
+  --data-dir=DATA
+"""
+GENERATE = """
+torchrun --nnodes=1 --nproc_per_node=8 generate.py \
+  --model SiT-XL/2 \
+  --num-fid-samples 50000 \
+  --ckpt CHECKPOINT \
+  --path-type=linear \
+  --encoder-depth=8 \
+  --projector-embed-dims=768 \
+  --per-proc-batch-size=64 \
+  --mode=sde \
+  --num-steps=250 \
+  --cfg-scale=1.8 \
+  --guidance-high=0.7
+"""
+
+
+def flags(command, **paths):
+    """The words of a command behind its program; `paths` replace words in capitals."""
+    words = shlex.split(command)
+    words = words[next(place for place, word in enumerate(words) if word.endswith(".py")) + 1 :]
+    for name, path in paths.items():
+        words = [word.replace(name, str(path)) for word in words]
+    return words
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps its state for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return make_store(folder / "store", images=True, vae=make_vae(folder / "vae"))
+
+
+TOY = ["--model=SiT-S/4", f"--enc-type={ENCODER}", "--repa-weights=random", "--mixed-precision=no", "--report-to=none"]
+TOY += "--sampling-steps 0 --num-workers 0 --batch-size 6 --max-train-steps 2".split()
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """The run of REPA's command at toy size."""
+    output = tmp_path_factory.mktemp("exps")
+    train.main([*flags(TRAIN, DATA=data), *TOY, f"--output-dir={output}"])
+    return output / "linear-dinov2-b-enc8"
+
+
+def test_repas_training_command_is_understood():
+    config, given = cli.parse_given(TrainConfig, flags(TRAIN, DATA="x"))
+    assert (config.align, config.repa_encoder, config.repa_weight, config.repa_depth) == (
+        "repa", "dinov2-vit-b", 0.5, (8,),
+    )  # fmt: skip
+    assert (config.model, config.path_type, config.report_to, config.seed) == ("SiT-XL/2", "linear", "wandb", 0)
+    assert (config.mixed_precision, config.allow_tf32, config.data_dir) == ("fp16", True, "x")
+    assert str(config.run_dir) == "exps/linear-dinov2-b-enc8"
+    assert {"align", "repa_weight", "repa_depth", "enc_type"} <= given
+
+
+def test_repas_sampling_command_is_understood():
+    config = cli.parse(SampleConfig, flags(GENERATE, CHECKPOINT="x.pt"))
+    expected = SampleConfig(
+        checkpoint=("x.pt",), model="SiT-XL/2", num_samples=50_000, path_type="linear", encoder_depth=8,
+        per_proc_batch_size="64", sampler="sde", num_steps=250, guidance_scale=(1.8,), guidance_high=(0.7,),
+    )  # fmt: skip
+    assert config == expected
+
+
+def test_repas_commands_run_at_toy_size(trained, tmp_path, capsys):
+    state = read_state(trained / "checkpoints" / "0000002")
+    assert (state["config"]["align"], state["config"]["repa_depth"]) == ("repa", [8])
+    words = flags(GENERATE, CHECKPOINT=trained)
+    sample_ddp.main([*words, "--model=SiT-S/4", "--num-fid-samples=16", "--num-steps=2", f"--sample-dir={tmp_path}"])
+    (record,) = tmp_path.glob("*/samples.json")
+    assert record.parent.name == "linear-dinov2-b-enc8-0000002-sde2-cfg1.8-t0-0.7-seed0-n16"
+    settings = json.loads(record.read_text())["settings"]
+    assert (settings["sampler"], settings["num_steps"], settings["guidance_interval"]) == ("sde", 2, [0.0, 0.7])
+    # fp16 stays refused on a CPU.
+    if not torch.cuda.is_available():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(ValueError, match="fp16: expected a GPU"):
+            train.main([*flags(TRAIN, DATA=state["config"]["data_dir"]), *TOY, "--mixed-precision=fp16"])
+
+
+def test_the_encoder_alone_means_repa_and_is_said(data, tmp_path, capsys):
+    words = [f"--data-dir={data}", f"--output-dir={tmp_path}", "--exp-name=run", *TOY, "--encoder-depth", "2"]
+    train.main([*words, "--max-train-steps=1"])
+    said = capsys.readouterr().out
+    assert "--enc-type: REPA is trained (--align repa)" in said
+    assert "align    repa: block 2" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--encoder-depth 3 --proj-coeff 0.2", {"align": "vae", "align_depth": (3,), "align_weight": 0.2}),
+        ("--align repa --encoder-depth 3 --proj-coeff 0.2", {"repa_depth": (3,), "repa_weight": 0.2, "align_depth": None}),
+        ("--align sra --encoder-depth 3 --proj-coeff 0.2", {"sra_depth": (3,), "sra_weight": 0.2, "align_weight": 1.0}),
+        ("--align vae --enc-type mae-vit-b", {"align": "vae", "repa_encoder": "mae-vit-b"}),
+        ("--proj-coeff 0.2 --align-weight 0.2", {"align_weight": 0.2}),
+        ("--prediction v --weighting uniform --no-qk-norm --fused-attn --resume-step 0 --no-legacy", {"align": "vae"}),
+    ],
+)
+def test_repas_training_flags_set_the_term_that_is_trained(words, expected):
+    config = dataclasses.asdict(cli.parse(TrainConfig, ["--data-dir", "x", *words.split()]))
+    assert {name: config[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--mode ode", ("ode-euler", 0)),
+        ("--mode ode --heun", ("ode-heun-repa", 0)),
+        ("--heun --global-seed 3", ("ode-heun-repa", 3)),
+        ("--mode ode --no-heun --sampler ode-euler --tf32", ("ode-euler", 0)),
+        ("--legacy --no-qk-norm", ("sde", 0)),
+    ],
+)
+def test_repas_sampling_flags_choose_the_sampler(words, expected):
+    config = cli.parse(SampleConfig, ["--ckpt", "x", *words.split()])
+    assert (config.sampler, config.seed) == expected
+
+
+def refused(capsys, config_class, words):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(config_class, words.split())
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--proj-coeff 0.2 --align-weight 0.3", "--proj-coeff means --align-weight 0.2, found 0.3 beside it"),
+        ("--cfg-prob 0.2 --label-dropout 0.3", "--label-dropout: expected 0.2, as --cfg-prob says, found 0.3"),
+        ("--align repa --encoder-depth 3 --repa-depth 4", "--encoder-depth means --repa-depth 3, found 4"),
+        ("--enc-type a --repa-encoder b", "--enc-type means --repa-encoder a, found b"),
+        ("--align repa+vae --proj-coeff 0.2", "--proj-coeff: expected one method in --align, found repa+vae"),
+        ("--align none --encoder-depth 2", "--encoder-depth: expected one method in --align, found none"),
+        ("--weighting lognormal", "--weighting lognormal: times are drawn uniformly"),
+        ("--prediction x", "--prediction x: the network predicts a velocity"),
+        ("--qk-norm", "--qk-norm: this SiT has no norm of queries and keys"),
+        ("--no-fused-attn", "--no-fused-attn: attention is always the fused one"),
+        ("--resume-step 50000", "--resume-step 50000: a run resumes from its newest checkpoint by itself"),
+        ("--logging-dir logs", "--logging-dir logs: the log and the tracker's files stand in the run's directory"),
+        ("--legacy", "--legacy: expected --label-dropout 0.19"),
+        ("--align blur --encoder-depth 2", "--encoder-depth means --blur-depth, which does not exist"),
+        ("--preset rpea", "--preset: expected one of irepa, irepa-code, repa, sra, sra-paper, vae-repa, found rpea"),
+    ],
+)
+def test_what_repas_training_flags_cannot_mean_is_one_line(words, message, capsys):
+    assert message in refused(capsys, TrainConfig, f"--data-dir x {words}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--cfg-scale 1.5 --guidance-scale 2", "--guidance-scale: expected 1.5, as --cfg-scale says, found 2"),
+        ("--mode ode --sampler ode-dopri5", "--mode means --sampler ode-euler, found ode-dopri5 beside it"),
+        ("--mode sde --heun", "--heun: expected --mode ode beside it, found --mode sde"),
+        ("--projector-embed-dims wide", "--projector-embed-dims: expected widths such as 768,1024, found wide"),
+        ("--sample-dir a --output-dir b", "--sample-dir: expected no --output-dir beside it"),
+    ],
+)
+def test_what_repas_sampling_flags_cannot_mean_is_one_line(words, message, capsys):
+    try:
+        assert message in refused(capsys, SampleConfig, f"--ckpt x {words}")
+    except ValueError as error:
+        assert message in str(error)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--model SiT-B/4", "--model: expected .*hidden_size 384.*found SiT-B/4"),
+        ("--resolution 256", "--resolution: expected 32, which .* was trained with, found 256"),
+        ("--num-classes 1000", "--num-classes: expected 3,"),
+        ("--path-type cosine", "--path-type: expected linear,"),
+        ("--encoder-depth 4", "--encoder-depth: expected 8,"),
+    ],
+)
+def test_what_a_command_says_of_the_checkpoint_is_compared_with_it(trained, words, message):
+    config = cli.parse(SampleConfig, ["--ckpt", str(trained), *words.split()])
+    with pytest.raises(ValueError, match=message):
+        sample_ddp.load_model(config, str(trained), 0)
+
+
+def test_repas_names_of_the_vae(trained):
+    config = cli.parse(SampleConfig, ["--ckpt", str(trained), "--vae", "ema"])
+    assert sample_ddp.load_model(config, str(trained), 0)[1]["vae"] == "stabilityai/sd-vae-ft-ema"
+
+
+def test_epochs_are_steps(data, tmp_path):
+    words = [f"--data-dir={data}", f"--output-dir={tmp_path}", "--exp-name=run", "--align=none", *TOY[:1]]
+    words += "--sampling-steps 0 --num-workers 0 --batch-size 6 --mixed-precision no".split()
+
+    def steps(*more):
+        train.main([*words, *more])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return load_sit(tmp_path / "run")[1]["step"]
+
+    assert steps("--epochs=1") == 4  # 24 images in batches of 6
+    assert steps() == 4  # the record has them
+    assert steps("--epochs=2") == 8
+    assert steps("--epochs=9", "--max-train-steps=10") == 10
