@@ -35,12 +35,18 @@ def _cosine(f: Tensor, target: Tensor, beta: float) -> Tensor:  # (N, T, D), (N,
     return (1 - F.cosine_similarity(f, target, dim=2)).mean(dim=1)
 
 
-# Table 1's objectives. Each gives one number per sample: a mean over elements (cosine: over tokens).
+def _cosine_over_tokens(f: Tensor, target: Tensor, beta: float) -> Tensor:  # (N, T, D), (N, T, D) -> (N,)
+    return (1 - F.cosine_similarity(f, target, dim=1)).mean(dim=1)
+
+
+# Table 1's objectives, and SRA's. Each gives one number per sample: a mean over elements (cosine: over tokens;
+# cosine_over_tokens, SRA's: of each channel as a vector over the tokens, over channels).
 ALIGN_OBJECTIVES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "smooth_l1": _smooth_l1,
     "l1": _l1,
     "l2": _l2,
     "cosine": _cosine,
+    "cosine_over_tokens": _cosine_over_tokens,
 }
 
 

@@ -33,13 +33,13 @@ def build(context: AlignmentContext) -> AlignmentTerms:
         encoder.compile(dynamic=False)
 
     def make_head() -> nn.Module:
-        if settings.repa_head == "conv":
-            return ConvHead(sit.hidden_size, encoder.dim)
+        if settings.repa_head != "mlp":
+            return ConvHead(sit.hidden_size, encoder.dim, 1 if settings.repa_head == "conv1" else 3)
         return Projector(sit.hidden_size, encoder.dim, LAYERS, WIDTH)
 
     def target(batch: Batch) -> Tensor:  # -> (N, T, D)
         features = encoder(batch.images)
-        return normalize_tokens(features) if settings.repa_normalize else features
+        return normalize_tokens(features, settings.repa_normalize_share) if settings.repa_normalize else features
 
     return terms_by_settings(context, "repa", make_head, target)
 

@@ -16,7 +16,7 @@ _alignment_vae = partial(flag, group="alignment: vae")
 _alignment_repa = partial(flag, group="alignment: repa")
 _alignment_sra = partial(flag, group="alignment: sra")
 
-OBJECTIVES = ("smooth_l1", "l1", "l2", "cosine")
+OBJECTIVES = ("smooth_l1", "l1", "l2", "cosine", "cosine_over_tokens")
 _HEAD = "an MLP, or one 3 x 3 convolution over the grid of tokens"
 _NORMALIZE = "bring each channel of the target to mean 0 and std 1 over the tokens of an image"
 # Older records hold whether it is spatial.
@@ -81,13 +81,16 @@ class REPASettings:
     repa_weight: float = _alignment_repa(0.5, "weight of its term")
     repa_schedule: str = _alignment_repa("constant", _SCHEDULE)
     repa_objective: str = _alignment_repa("cosine", "objective of its term", choices=OBJECTIVES)
-    repa_head: str = _alignment_repa("mlp", _HEAD, choices=("mlp", "conv"))
+    repa_head: str = _alignment_repa("mlp", f"{_HEAD}; conv1: a 1 x 1 one", choices=("mlp", "conv", "conv1"))
     repa_normalize: bool = _alignment_repa(False, _NORMALIZE)
+    repa_normalize_share: float = _alignment_repa(
+        1.0, "share of the mean that --repa-normalize takes off; iREPA's is 0.6"
+    )
 
 
 @dataclass(frozen=True)
 class SRASettings:
-    """SRA (Jiang et al., 2025)."""
+    """SRA (Jiang et al., 2025), as its authors train it now (SRA@1723f85); the paper's: `--preset sra-paper`."""
 
     sra_depth: tuple[int, ...] | None = _alignment_sra(
         None, "aligned blocks; by default Ti 2, S 4, B 4, L 8, XL 8", aliases=("--block-out-s",)
@@ -98,9 +101,11 @@ class SRASettings:
         aliases=("--block-out-t",),
     )
     sra_t_max: float = _alignment_sra(0.2, "the EMA sees a time up to this much earlier", aliases=("--t-max",))
-    sra_weight: float = _alignment_sra(0.2, "weight of its term")
-    sra_schedule: str = _alignment_sra("sra", _SCHEDULE)
-    sra_objective: str = _alignment_sra("smooth_l1", "objective of its term", choices=OBJECTIVES)
+    sra_weight: float = _alignment_sra(0.5, "weight of its term", record=Field(0.2))
+    sra_schedule: str = _alignment_sra("constant", _SCHEDULE, record=Field("sra"))
+    sra_objective: str = _alignment_sra(
+        "cosine_over_tokens", "objective of its term", choices=OBJECTIVES, record=Field("smooth_l1")
+    )
 
 
 @dataclass(frozen=True)
@@ -110,4 +115,5 @@ class AlignmentSettings(SRASettings, REPASettings, VAESettings, CommonSettings):
     def __post_init__(self):
         for name in ("align_weight", "repa_weight", "sra_weight"):
             check(self, name, getattr(self, name) >= 0, "at least 0")
+        check(self, "repa_normalize_share", 0 <= self.repa_normalize_share <= 1, "a value in [0, 1]")
         check(self, "sra_t_max", 0 <= self.sra_t_max <= 1, "a value in [0, 1]")

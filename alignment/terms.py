@@ -161,12 +161,14 @@ def weight_schedule(schedule: str, context: AlignmentContext, flag: str) -> Call
     }[kind]
 
 
-def normalize_tokens(x: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
+def normalize_tokens(x: Tensor, share: float = 1.0) -> Tensor:  # (N, T, D) -> (N, T, D)
     """Each of the D channels to mean 0 and std 1 over the tokens of an image, in float32 or better.
 
     What all tokens of an image share goes, and their differences stay: iREPA's spatial normalisation (arXiv
-    2512.10794, with gamma = 1).
+    2512.10794), of which `share` in [0, 1] is gamma: with less than 1 so much of the mean goes, and the rest stays.
     """
     x = x if x.dtype == torch.float64 else x.float()
-    x = x - x.mean(dim=1, keepdim=True)
-    return x / (x.square().mean(dim=1, keepdim=True).sqrt() + 1e-6)
+    mean = x.mean(dim=1, keepdim=True)
+    x = x - mean
+    std = x.square().mean(dim=1, keepdim=True).sqrt() + 1e-6
+    return x / std if share == 1 else (x + (1 - share) * mean) / std

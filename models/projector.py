@@ -39,13 +39,13 @@ class Projector(nn.Sequential):
 
 
 class ConvHead(nn.Conv2d):
-    """(N, T, D) -> (N, T, out_dim): one 3 x 3 convolution over the tokens' grid, which shows a token its neighbours.
+    """(N, T, D) -> (N, T, out_dim): one convolution over the tokens' grid; from 3 x 3 on a token sees its neighbours.
 
-    The head that iREPA (arXiv 2512.10794) sets in place of REPA's MLP.
+    The head that iREPA (arXiv 2512.10794) sets in place of REPA's MLP: 3 x 3 in its paper, 1 x 1 in its trainer of SiT.
     """
 
-    def __init__(self, in_dim: int, out_dim: int):
-        super().__init__(in_dim, out_dim, kernel_size=3, padding=1)
+    def __init__(self, in_dim: int, out_dim: int, side: int = 3):
+        super().__init__(in_dim, out_dim, kernel_size=side, padding=side // 2)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (N, T, D) -> (N, T, out_dim)
         side = math.isqrt(tokens.shape[1])

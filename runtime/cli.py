@@ -243,9 +243,9 @@ def _unknown(kind: str, found: str, known: Iterable[str]) -> str:
 
 def _preset_file(parser: _Parser, name: str) -> str:
     """The file of a preset in `configs/`, by its name."""
-    known = {file.stem: str(file) for file in sorted(PRESETS.glob("*.yaml"))}
+    known = {file.stem: str(file) for file in PRESETS.glob("*.yaml")}
     if name not in known:
-        parser.error(f"--preset: expected one of {', '.join(known)}, found {name}")
+        parser.error(f"--preset: expected one of {', '.join(sorted(known))}, found {name}")
     return known[name]
 
 

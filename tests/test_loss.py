@@ -26,9 +26,11 @@ def loop(objective, f, target, t, beta, low, high):
     for n in range(len(f)):
         if not low <= float(t[n]) <= high:
             continue
-        values = []
-        for f_token, target_token in zip(f[n].tolist(), target[n].tolist(), strict=True):
-            if objective == "cosine":
+        values, pair = [], (f[n], target[n])
+        if objective == "cosine_over_tokens":  # a channel is a vector over the tokens
+            pair = (f[n].T, target[n].T)
+        for f_token, target_token in zip(*(tokens.tolist() for tokens in pair), strict=True):
+            if objective.startswith("cosine"):
                 dot = sum(a * b for a, b in zip(f_token, target_token, strict=True))
                 norms = math.sqrt(sum(a * a for a in f_token)) * math.sqrt(sum(b * b for b in target_token))
                 values.append(1 - dot / norms)
@@ -178,7 +180,7 @@ def test_losses_are_float32_for_a_half_precision_network():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"objective": "huber"}, "smooth_l1, l1, l2, cosine, found 'huber'"),
+        ({"objective": "huber"}, "smooth_l1, l1, l2, cosine, cosine_over_tokens, found 'huber'"),
         ({"beta": 0.0}, "--align-beta"),
         ({"time_range": (0.5, 0.5)}, "--align-time-range"),
         ({"time_range": (-0.1, 0.5)}, "--align-time-range"),

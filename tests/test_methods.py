@@ -228,9 +228,9 @@ def test_sra_teacher_is_the_average_at_an_earlier_time_with_the_same_noise_and_l
         _, (expected,) = teacher(less_noised, times, call.y, return_blocks=(4,))
         torch.testing.assert_close(call.targets["sra"], expected, rtol=1e-4, atol=1e-5)
         assert (call.y == 3).any()
-        value = loop("smooth_l1", call.projected["sra"].double(), expected.double(), call.t, 0.05, 0, 1)
+        value = loop("cosine_over_tokens", call.projected["sra"].double(), expected.double(), call.t, 0.05, 0, 1)
         assert read_log(folder)[step]["align_sra"] == pytest.approx(value, rel=1e-4)
-        assert call.alignments["sra"] == Alignment(0.2)
+        assert call.alignments["sra"] == Alignment(0.5, "cosine_over_tokens")
     # SRA's head: two layers, the inner one of twice the width.
     assert weights(folder)["heads.sra.0.weight"].shape == (384, 192)
     assert weights(folder)["heads.sra.2.weight"].shape == (192, 384)

@@ -86,7 +86,8 @@ def test_an_old_run_resumes_again_and_again(old):
 
 def test_a_run_is_set_up_again_by_its_own_settings(old):
     """`setup(config)`: every setting counts as given, and those that are None are left to be decided."""
-    config, _ = cli.parse_given(TrainConfig, words("run"))
+    since = "--sra-weight 0.2 --sra-schedule sra --sra-objective smooth_l1".split()  # defaults have changed
+    config, _ = cli.parse_given(TrainConfig, [*words("run"), *since])
     run = setup(config)
     assert run.start == 4
     run.close()

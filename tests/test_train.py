@@ -390,7 +390,7 @@ def test_every_flag_is_either_free_on_resume_or_tested_above():
         "lr_decay_steps", "lr_final", "ema_power",  # in test_optimizer.py, test_posthoc_ema.py
         "time_mean", "time_std",  # below
         "repa_final_norm", "init_classes",  # in test_methods.py, test_first_day.py
-        "preset",  # in test_field.py
+        "preset", "repa_normalize_share",  # in test_field.py
     }  # fmt: skip
     tested = set(CHANGES) | set(JOINT_CHANGES)
     assert {field.name for field in dataclasses.fields(TrainConfig)} == (
