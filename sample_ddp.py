@@ -164,7 +164,8 @@ def check_stated(config: SampleConfig, sit: SiT, info: dict[str, Any]) -> None:
     same = all(getattr(stated, name) == getattr(sit.config, name) for name in names)
     shape = " ".join(f"{name} {getattr(sit.config, name)}" for name in names)
     cli.check(config, "model", same, f"{info['source']}'s: {shape}")
-    found = {"resolution": info["resolution"], "num_classes": sit.config.num_classes, "path_type": info["path_type"]}
+    found = {name: getattr(sit.config, name) for name in ("num_classes", "qk_norm")}
+    found |= {name: info[name] for name in ("resolution", "path_type")}
     trained = info.get("config") or {}
     prefix = {"vae": "align"}.get(trained.get("align"), trained.get("align"))
     depths = trained.get(f"{prefix}_depth") or [info.get("encoder_depth")]

@@ -18,9 +18,6 @@ Meaning = dict[str, tuple[str, Any]]  # {setting: (the flag of REPA's that means
 _repas = partial(flag, None, group="as REPA's programs")
 _OURS = "accepted where it says what holds here anyway"
 _ONLY = {  # flag: its only value here, and why
-    "prediction": ("v", "the network predicts a velocity"),
-    "weighting": ("uniform", "times are drawn uniformly"),
-    "qk_norm": (False, "this SiT has no norm of queries and keys"),
     "fused_attn": (True, "attention is always the fused one of torch"),
     "resume_step": (0, "a run resumes from its newest checkpoint by itself"),
     "logging_dir": (None, "the log and the tracker's files stand in the run's directory, <output-dir>/<exp-name>"),
@@ -34,9 +31,7 @@ class REPATrainFlags:
     enc_type: str | None = _repas("the encoder, as --repa-encoder; without --align, REPA is trained")
     encoder_depth: tuple[int, ...] | None = _repas("aligned blocks of the method that --align names")
     proj_coeff: float | None = _repas("weight of the method that --align names")
-    prediction: str | None = _repas(_OURS)
-    weighting: str | None = _repas(_OURS)
-    qk_norm: bool | None = _repas(_OURS)
+    weighting: str | None = _repas("how t is drawn, as --time-distribution", choices=("uniform", "lognormal"))
     fused_attn: bool | None = _repas(_OURS)
     resume_step: int | None = _repas(_OURS)
     logging_dir: str | None = _repas("refused: it is the run's directory")
@@ -57,6 +52,9 @@ class REPATrainFlags:
         if "enc_type" in flags:
             meant["repa_encoder"] = "enc_type", flags["enc_type"]
             meant |= {} if "align" in given else {"align": ("enc_type", "repa")}
+        if "weighting" in flags:
+            drawn = {"uniform": "uniform", "lognormal": "logit-normal"}[flags["weighting"]]
+            meant["time_distribution"] = "weighting", drawn
         for name, setting in (("encoder_depth", "depth"), ("proj_coeff", "weight")):
             if name not in flags:
                 continue
@@ -76,7 +74,6 @@ class REPASampleFlags:
     mode: str | None = _repas("the sampler: sde, or ode (--sampler ode-euler)", choices=("sde", "ode"))
     heun: bool | None = _repas("with --mode ode, --sampler ode-heun-repa")
     projector_embed_dims: str | None = _repas("widths of the heads, such as 768,1024: sampling drops the heads")
-    qk_norm: bool | None = _repas(_OURS)
     fused_attn: bool | None = _repas(_OURS)
     legacy: bool | None = _repas("read a file of REPA's older layout; it is known by itself")
 

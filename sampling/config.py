@@ -125,6 +125,7 @@ class SampleConfig:
     resolution: int | None = _stated(None, "side of its images in pixels")
     num_classes: int | None = _stated(None, "classes it can tell apart")
     path_type: str | None = _stated(None, "its path", choices=("linear", "cosine"))
+    qk_norm: bool | None = _stated(None, "whether its attention normalises queries and keys")
     encoder_depth: int | None = _stated(None, "block it was aligned at, where it tells")
 
     def __post_init__(self):

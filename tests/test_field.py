@@ -160,7 +160,11 @@ def test_the_encoder_alone_means_repa_and_is_said(data, tmp_path, capsys):
         ("--align sra --encoder-depth 3 --proj-coeff 0.2", {"sra_depth": (3,), "sra_weight": 0.2, "align_weight": 1.0}),
         ("--align vae --enc-type mae-vit-b", {"align": "vae", "repa_encoder": "mae-vit-b"}),
         ("--proj-coeff 0.2 --align-weight 0.2", {"align_weight": 0.2}),
-        ("--prediction v --weighting uniform --no-qk-norm --fused-attn --resume-step 0 --no-legacy", {"align": "vae"}),
+        (
+            "--prediction v --weighting uniform --fused-attn --resume-step 0 --no-legacy",
+            {"time_distribution": "uniform"},
+        ),
+        ("--weighting lognormal --qk-norm", {"time_distribution": "logit-normal", "qk_norm": True, "time_std": 1.0}),
     ],
 )
 def test_repas_training_flags_set_the_term_that_is_trained(words, expected):
@@ -201,9 +205,10 @@ def refused(capsys, config_class, words):
         ("--enc-type a --repa-encoder b", "--enc-type means --repa-encoder a, found b"),
         ("--align repa+vae --proj-coeff 0.2", "--proj-coeff: expected one method in --align, found repa+vae"),
         ("--align none --encoder-depth 2", "--encoder-depth: expected one method in --align, found none"),
-        ("--weighting lognormal", "--weighting lognormal: times are drawn uniformly"),
-        ("--prediction x", "--prediction x: the network predicts a velocity"),
-        ("--qk-norm", "--qk-norm: this SiT has no norm of queries and keys"),
+        (
+            "--weighting lognormal --time-distribution uniform",
+            "--weighting means --time-distribution logit-normal, found uniform beside it",
+        ),
         ("--no-fused-attn", "--no-fused-attn: attention is always the fused one"),
         ("--resume-step 50000", "--resume-step 50000: a run resumes from its newest checkpoint by itself"),
         ("--logging-dir logs", "--logging-dir logs: the log and the tracker's files stand in the run's directory"),
@@ -236,6 +241,7 @@ def test_what_repas_sampling_flags_cannot_mean_is_one_line(words, message, capsy
         ("--resolution 256", "--resolution: expected 32, which .* was trained with, found 256"),
         ("--num-classes 1000", "--num-classes: expected 3,"),
         ("--path-type cosine", "--path-type: expected linear,"),
+        ("--qk-norm", "--qk-norm: expected False,"),
         ("--encoder-depth 4", "--encoder-depth: expected 8,"),
     ],
 )
