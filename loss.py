@@ -78,6 +78,9 @@ class Alignment:
         if not 0 <= low < high <= 1:
             raise ValueError(f"expected a time range 0 <= low < high <= 1, found {low} {high}; set --align-time-range")
 
+    def loss(self, f_sit: Tensor, target: Tensor, t: Tensor) -> Tensor:  # (N, T, D), (N, T, D), (N,) -> ()
+        return alignment_loss(f_sit, target, t, self)
+
 
 def alignment_loss(f_sit: Tensor, f_vae: Tensor, t: Tensor, alignment: Alignment) -> Tensor:
     """L_align of Eq. 7, with the mean over elements in place of the sum, and then over the batch.
@@ -109,18 +112,19 @@ def training_loss(
     t: Tensor,
     y: Tensor,
     interpolant: Interpolant,
-    targets: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor | None],
     alignments: Mapping[str, Alignment],
 ) -> dict[str, Tensor]:
     """All terms of Eq. 8 for one batch.
 
     Args:
         model: (y_t, t, y) -> the prediction that `interpolant` names, (N, ...), and
-            {name: projected tokens (N, T, D)}, as `AlignedSiT`.
+            {name: projected tokens (N, T, D)}, as `AlignedSiT`; a head that knows its target gives both.
         z: (N, ...) clean scaled latents. eps: (N, ...) standard normal noise.
         t: (N,) times in [0, 1]. y: (N,) int64 classes, some already dropped to the null class.
-        targets: {name: (N, T, D)}. A term without a target is not computed, and reported as 0.
-        alignments: {name: settings}; empty for plain SiT.
+        targets: {name: (N, T, D)}, or None where the forward itself has what is needed. A term that is not in it is
+            not computed, and reported as 0.
+        alignments: {name: settings}, each with a weight and a `loss`; empty for plain SiT.
 
     Returns:
         {"total", "velocity", and "align_<name>" for each alignment, unweighted}: scalars in float32 or better.
@@ -135,10 +139,12 @@ def training_loss(
     losses = {"velocity": error.square().flatten(1).mean(dim=1).mean()}
     total = losses["velocity"]
     for name, alignment in alignments.items():
+        f_sit, target = projected[name], targets.get(name)
+        f_sit, target = f_sit if isinstance(f_sit, tuple) else (f_sit, target)
         if name not in targets:  # its head stays in the graph: DDP waits for the gradients of all
-            losses[f"align_{name}"] = 0 * at_least_float32(projected[name]).sum()
+            losses[f"align_{name}"] = 0 * at_least_float32(f_sit).sum()
             total = total + losses[f"align_{name}"]
             continue
-        losses[f"align_{name}"] = alignment_loss(projected[name], targets[name], t, alignment)
+        losses[f"align_{name}"] = alignment.loss(f_sit, target, t)
         total = total + alignment.weight * losses[f"align_{name}"]  # Eq. 8
     return {"total": total, **losses}

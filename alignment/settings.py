@@ -15,6 +15,9 @@ _alignment = partial(flag, group="alignment")
 _alignment_vae = partial(flag, group="alignment: vae")
 _alignment_repa = partial(flag, group="alignment: repa")
 _alignment_sra = partial(flag, group="alignment: sra")
+_alignment_layersync = partial(flag, group="alignment: layersync")
+_alignment_ig = partial(flag, group="alignment: ig")
+_alignment_dispersive = partial(flag, group="alignment: dispersive")
 
 OBJECTIVES = ("smooth_l1", "l1", "l2", "cosine", "cosine_over_tokens")
 _HEAD = "an MLP, or one 3 x 3 convolution over the grid of tokens"
@@ -33,11 +36,12 @@ class CommonSettings:
 
     align: str = _alignment(
         "vae",
-        "vae: VAE-REPA; repa: an external encoder; sra: the model's own EMA; sums such as repa+vae; none: plain SiT",
+        "vae: VAE-REPA; repa: an external encoder; sra: the model's own EMA; layersync: its own later block; ig: the "
+        "velocity (Internal Guidance); dispersive: away from other samples; sums such as repa+vae; none: plain SiT",
     )
     align_beta: float = _alignment(0.05, "half-width of smooth L1's quadratic part, for every method")
     align_time_range: tuple[float, float] = _alignment(
-        (0.0, 1.0), "align only samples with t in this range, by every method", metavar="T"
+        (0.0, 1.0), "align only samples with t in this range, by every method but dispersive", metavar="T"
     )
 
 
@@ -109,11 +113,53 @@ class SRASettings:
 
 
 @dataclass(frozen=True)
-class AlignmentSettings(SRASettings, REPASettings, VAESettings, CommonSettings):
+class LayerSyncSettings:
+    """LayerSync (Haghighi et al., 2025)."""
+
+    layersync_depth: tuple[int, ...] | None = _alignment_layersync(
+        None, "aligned blocks; by default Ti 2, S 3, B 3, L 7, XL 8"
+    )
+    layersync_teacher_depth: int | None = _alignment_layersync(
+        None, "later block that they learn from; by default Ti 3, S 7, B 7, L 14, XL 16"
+    )
+    layersync_weight: float = _alignment_layersync(0.2, "weight of its term")
+    layersync_schedule: str = _alignment_layersync("constant", _SCHEDULE)
+
+
+@dataclass(frozen=True)
+class IGSettings:
+    """Internal Guidance (arXiv 2512.24176)."""
+
+    ig_depth: tuple[int, ...] | None = _alignment_ig(
+        None, "blocks that predict the velocity too; by default Ti 2, S 4, B 4, L 8, XL 8"
+    )
+    ig_weight: float = _alignment_ig(0.5, "weight of its term")
+    ig_schedule: str = _alignment_ig("constant", _SCHEDULE)
+
+
+@dataclass(frozen=True)
+class DispersiveSettings:
+    """Dispersive loss (arXiv 2506.09027)."""
+
+    dispersive_depth: tuple[int, ...] | None = _alignment_dispersive(
+        None, "dispersed blocks; by default Ti 2, S 3, B 3, L 6, XL 7"
+    )
+    dispersive_weight: float = _alignment_dispersive(0.5, "weight of its term")
+    dispersive_tau: float = _alignment_dispersive(0.5, "temperature of the squared distances")
+    dispersive_group: int = _alignment_dispersive(32, "samples that disperse each other; it divides a micro-batch")
+    dispersive_schedule: str = _alignment_dispersive("constant", _SCHEDULE)
+
+
+@dataclass(frozen=True)
+class AlignmentSettings(
+    DispersiveSettings, IGSettings, LayerSyncSettings, SRASettings, REPASettings, VAESettings, CommonSettings
+):
     """All of them, flat. (Fields come in the order of the bases from last to first.)"""
 
     def __post_init__(self):
-        for name in ("align_weight", "repa_weight", "sra_weight"):
-            check(self, name, getattr(self, name) >= 0, "at least 0")
+        for prefix in ("align", "repa", "sra", "layersync", "ig", "dispersive"):
+            check(self, f"{prefix}_weight", getattr(self, f"{prefix}_weight") >= 0, "at least 0")
         check(self, "repa_normalize_share", 0 <= self.repa_normalize_share <= 1, "a value in [0, 1]")
+        check(self, "dispersive_tau", self.dispersive_tau > 0, "more than 0")
+        check(self, "dispersive_group", self.dispersive_group >= 2, "at least 2")
         check(self, "sra_t_max", 0 <= self.sra_t_max <= 1, "a value in [0, 1]")

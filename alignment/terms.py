@@ -45,6 +45,7 @@ class AlignmentContext:
     autocast: Callable[[], AbstractContextManager]
     steps_per_epoch: float
     resolution: int  # of the images, in pixels
+    micro_batch: int  # samples of one forward, on each process
     compile: bool
 
 
@@ -57,14 +58,16 @@ class AlignmentTerms:
         make_head: a new head for the tokens of one of them.
         alignment: weight, objective, beta and time range.
         schedule: optimizer step -> factor of the weight.
-        target: batch -> (N, T, D), called under no_grad.
+        target: batch -> (N, T, D), called under no_grad; None where the head gives the target too, or none is needed.
+        also: what else the heads take: the tokens of further blocks, or, for 0, the condition (N, D).
     """
 
     depths: tuple[int, ...]
     make_head: Callable[[], nn.Module]
     alignment: Alignment
     schedule: Callable[[int], float]
-    target: Callable[[Batch], Tensor]
+    target: Callable[[Batch], Tensor | None] = lambda batch: None
+    also: tuple[int, ...] = ()
 
     def alignment_at(self, step: int) -> Alignment:
         """The settings of each term at an optimizer step, counted from 0."""
@@ -86,6 +89,7 @@ class AlignmentMethod:
         needs: what it needs of a batch beside latents, noise, times and labels: "images", "t_offset".
         default_depths: {setting: {SiT size: value}} for the settings that are None unless the user gives them.
         depth_setting: the setting that holds the depths of the aligned blocks, or None if they are fixed.
+        guides: whether its heads can guide sampling, so that the EMAs cover them.
     """
 
     label: str
@@ -93,6 +97,7 @@ class AlignmentMethod:
     needs: frozenset[str] = frozenset()
     default_depths: Mapping[str, Mapping[str, int | tuple[int, ...]]] = dataclasses.field(default_factory=dict)
     depth_setting: str | None = None
+    guides: bool = False
 
 
 def check_depths(context: AlignmentContext, depths: tuple[int, ...], flag: str) -> tuple[int, ...]:
@@ -114,19 +119,27 @@ def make_alignment(context: AlignmentContext, weight: float, objective: str, per
 
 
 def terms_by_settings(
-    context: AlignmentContext, prefix: str, make_head: Callable[[], nn.Module], target: Callable[[Batch], Tensor]
+    context: AlignmentContext,
+    prefix: str,
+    make_head: Callable[[], nn.Module],
+    target: Callable[[Batch], Tensor | None] = AlignmentTerms.target,
+    objective: str | None = None,
+    also: tuple[int, ...] = (),
 ) -> AlignmentTerms:
-    """The terms of a method whose settings are `<prefix>_depth`, `_weight`, `_objective`, `_schedule` and, it
-    may be, `_normalize`."""
+    """The terms of a method whose settings are `<prefix>_depth`, `_weight`, `_schedule`, unless it is given
+    `_objective`, and, it may be, `_normalize`."""
     per_sample = getattr(context.settings, f"{prefix}_normalize", None) == "sample"
-    names = "depth weight objective schedule".split()
-    depths, weight, objective, schedule = (getattr(context.settings, f"{prefix}_{name}") for name in names)
+    depths, weight, schedule = (
+        getattr(context.settings, f"{prefix}_{name}") for name in ("depth", "weight", "schedule")
+    )
+    objective = objective or getattr(context.settings, f"{prefix}_objective")
     return AlignmentTerms(
         check_depths(context, depths, f"--{prefix}-depth"),
         make_head,
         make_alignment(context, weight, objective, per_sample),
         weight_schedule(schedule, context, f"--{prefix}-schedule"),
         target,
+        also,
     )
 
 

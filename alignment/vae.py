@@ -40,4 +40,5 @@ METHOD = AlignmentMethod(
     # Section 4.2; S and Ti are ours.
     default_depths={"align_depth": {"Ti": (2,), "S": (2,), "B": (2,), "L": (8,), "XL": (8,)}},
     depth_setting="align_depth",
+    guides=True,
 )

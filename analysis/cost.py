@@ -11,6 +11,7 @@ latency are those of the trainer's own step and network, on random data.
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ class CostConfig:
     @property
     def settings(self) -> dict:
         """Settings of training that all rows of the table share."""
-        return {"repa_encoder": self.repa_encoder, "repa_weights": "random"}  # nothing is downloaded
+        group = math.gcd(32, self.batch_size)  # for any batch; it costs the same
+        return {"repa_encoder": self.repa_encoder, "repa_weights": "random", "dispersive_group": max(2, group)}
 
 
 if __name__ == "__main__":
@@ -113,7 +115,7 @@ def count(config: CostConfig, model: str, align: str) -> dict[str, float]:
     with torch.device("meta"):
         # The networks.
         sit = SiT(SiTConfig.from_name(model, side, num_classes=config.num_classes))
-        machine = SimpleNamespace(device=torch.device("meta"), autocast=nullcontext)
+        machine = SimpleNamespace(device=torch.device("meta"), autocast=nullcontext, num_processes=1)
         methods = build_methods(settings, range(IMAGES), sit, SiT(sit.config), machine)  # of the data, the number alone
         heads = make_heads(settings, methods)
 

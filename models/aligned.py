@@ -14,14 +14,16 @@ class AlignedSiT(nn.Module):
 
     Args:
         sit: the backbone.
-        heads: {name: (depth, head)}; depth counts blocks from 1, and the head takes tokens (N, T, D).
+        heads: {name: (depth, head)}; depth counts blocks from 1, and the head takes tokens (N, T, D). With several
+            depths it takes the tokens of each; 0 stands for the condition (N, D).
     """
 
-    def __init__(self, sit: SiT, heads: Mapping[str, tuple[int, nn.Module]]):
+    def __init__(self, sit: SiT, heads: Mapping[str, tuple[int | tuple[int, ...], nn.Module]]):
         super().__init__()
-        assert all(1 <= depth <= sit.config.depth for depth, _ in heads.values()), "a depth outside the backbone"
         self.sit = sit
-        self.depths = {name: depth for name, (depth, _) in heads.items()}
+        self.depths = {name: depth if isinstance(depth, tuple) else (depth,) for name, (depth, _) in heads.items()}
+        known = range(sit.config.depth + 1)
+        assert all(d[0] != 0 and set(d) <= set(known) for d in self.depths.values()), "a depth outside the backbone"
         self.heads = nn.ModuleDict({name: head for name, (_, head) in heads.items()})
 
     def forward(
@@ -30,5 +32,7 @@ class AlignedSiT(nn.Module):
         """The velocity, and each head's projection f_SiT of its block's tokens."""
         if not self.heads:
             return self.sit(x, t, y), {}
-        velocity, tokens = self.sit(x, t, y, return_blocks=tuple(self.depths.values()))
-        return velocity, {name: self.heads[name](h) for name, h in zip(self.depths, tokens, strict=True)}
+        wanted = tuple(depth for depths in self.depths.values() for depth in depths)
+        velocity, tokens = self.sit(x, t, y, return_blocks=wanted)
+        h = dict(zip(wanted, tokens, strict=True))
+        return velocity, {name: self.heads[name](*(h[d] for d in depths)) for name, depths in self.depths.items()}

@@ -280,10 +280,11 @@ class SiT(nn.Module, PyTorchModelHubMixin, **HUB):
     ) -> Tensor | tuple[Tensor, list[Tensor]]:  # (N, C, H, W), (N,), (N,) int64 -> (N, C, H, W) [, list of (N, T, D)]
         """Velocity at the noised latents x and times t in [0, 1] for the classes y in [0, K], K being none.
 
-        With `return_blocks`, depths counted from 1, also the tokens that leave those blocks, in that order.
+        With `return_blocks`, depths counted from 1, also the tokens that leave those blocks, in that order; for 0 the
+        condition (N, D).
         """
         x, c = self._embed(x, t, y)
-        kept = {}
+        kept = {0: c}
         for depth, block in enumerate(self.blocks, start=1):
             if self.checkpoint_every and depth % self.checkpoint_every == 0 and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, use_reentrant=False)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from alignment.registry import METHODS
 from analysis import cost
 from analysis.cost import CostConfig
 
@@ -105,7 +106,7 @@ def test_every_method_is_measured_and_written_down(tmp_path, capsys):
     )
     cost.main([*flags.split(), "--output-dir", str(tmp_path)])
     content = json.loads((tmp_path / "cost.json").read_text())
-    assert [row["align"] for row in content["rows"]] == ["none", "vae", "repa", "sra"]
+    assert [row["align"] for row in content["rows"]] == ["none", *METHODS]
     for row in content["rows"]:
         assert row["measured"]["seconds_per_step"] > 0
         assert row["measured"]["latency_ms"] > 0

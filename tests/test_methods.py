@@ -16,17 +16,19 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 import train
+from alignment.dispersive import Dispersion
 from alignment.registry import METHODS, parse_align
 from alignment.terms import normalize_tokens, weight_schedule
 from dataset import LatentDataset, StepSampler
 from loss import Alignment
 from models import load
 from models.encoders import ENCODERS, load_encoder
-from models.sit import SiT
+from models.sit import FinalLayer, SiT
 from reporting.log import read_log
-from runtime.files import fields_of
+from runtime.files import fields_of, read_checksummed_json, sha256, to_checksummed_json
 from runtime.seeding import step_generator
 from tests.stores import ENCODER, make_encoder, make_store
 from tests.test_loss import loop
@@ -69,8 +71,8 @@ class Spy:
             return seen["velocity"], seen["projected"]
 
         losses = self.compute(watched, z, eps, t, y, interpolant, targets, alignments)
-        seen["projected"] = {name: values.detach().clone() for name, values in seen["projected"].items()}
-        targets = {name: values.clone() for name, values in targets.items()}
+        seen["projected"] = tree_map(lambda values: values.detach().clone(), seen["projected"])
+        targets = {name: values if values is None else values.clone() for name, values in targets.items()}
         self.calls.append(
             SimpleNamespace(z=z, eps=eps, t=t, y=y, targets=targets, alignments=alignments, losses=losses, **seen)
         )
@@ -255,13 +257,137 @@ def test_sra_never_runs_the_teachers_later_blocks(data, tmp_path, monkeypatch):
     assert run_blocks == [0, 1, 2]
 
 
+# --- LayerSync, Internal Guidance, dispersive ---
+
+SMALL = {"dispersive_group": 3}  # of the batch of 6
+ALL = "+".join(METHODS)
+
+
+def scrambled(data, folder):
+    """A run whose SiT has no zero weights, to begin others with: at the zero initialisation blocks are identities."""
+    path = run(data, folder / "scrambled", align="none", max_train_steps=1)
+    checkpoint = load.latest_checkpoint(path)
+    torch.manual_seed(3)
+    state = {name: value + 0.05 * torch.randn_like(value) for name, value in weights(path, "ema").items()}
+    state["pos_embed"] = weights(path, "ema")["pos_embed"]
+    save_file(state, checkpoint / "ema.safetensors")
+    record = read_checksummed_json(checkpoint / "state.json")
+    record["digests"]["ema.safetensors"] = sha256(checkpoint / "ema.safetensors")
+    (checkpoint / "state.json").write_text(to_checksummed_json(record))
+    return path
+
+
+def blocks_of(sit, call):
+    """Tokens that leave each block, counted from 1, and at 0 the condition; written out."""
+    y_t = (1 - call.t)[:, None, None, None] * call.z + call.t[:, None, None, None] * call.eps
+    h, c = sit.x_embedder(y_t) + sit.pos_embed, sit.t_embedder(call.t) + sit.y_embedder(call.y)
+    found = [c]
+    for block in sit.blocks:
+        h = block(h, c)
+        found.append(h)
+    return found
+
+
+def test_layersync_learns_the_later_block_of_the_same_forward_by_a_cosine_for_each_token(data, tmp_path, monkeypatch):
+    source, spy = scrambled(data, tmp_path), Spy(monkeypatch)
+    row = read_log(run(data, tmp_path, align="layersync", init_from=source, max_train_steps=1))[0]
+    (call,) = spy.calls
+    tokens = blocks_of(load.load_sit(source)[0], call)
+    student, teacher = call.projected["layersync"]
+    torch.testing.assert_close(student, tokens[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(teacher, tokens[3], rtol=1e-4, atol=1e-5)
+    value = 0.0
+    for image in range(6):
+        for token in range(4):
+            a, b = (h[image, token].double() for h in (tokens[2], tokens[3]))
+            value += (1 - (a @ b / (a.norm() * b.norm())).item()) / (6 * 4)
+    assert row["align_layersync"] == pytest.approx(value, rel=1e-4)
+    assert value > 0.001
+    assert row["loss"] == pytest.approx(row["velocity"] + 0.2 * value, rel=1e-5)
+    assert not any(name.startswith("heads.") for name in weights(tmp_path / "run"))
+
+
+def test_internal_guidance_predicts_the_velocity_by_a_final_layer_of_its_own(data, tmp_path, monkeypatch):
+    source, spy = scrambled(data, tmp_path), Spy(monkeypatch)
+    folder = run(data, tmp_path, align="ig", init_from=source, max_train_steps=2, learning_rate=0.01)
+    first, second = spy.calls
+    for call, row in zip(spy.calls, read_log(folder), strict=True):
+        v = (call.eps - call.z).double()  # Eq. 4 on the linear path
+        token = v[:, :, 4:, :4].permute(0, 2, 3, 1).flatten(1)  # third of four: (row, column, channel)
+        torch.testing.assert_close(call.targets["ig"][:, 2].double(), token)
+        differences = [
+            (call.projected["ig"][n, k].double() - call.targets["ig"][n, k].double()).square().mean().item()
+            for n in range(6)
+            for k in range(4)
+        ]
+        assert row["align_ig"] == pytest.approx(sum(differences) / 24, rel=1e-5)
+        assert row["loss"] == pytest.approx(row["velocity"] + 0.5 * row["align_ig"], rel=1e-6)
+    assert first.projected["ig"].abs().max() == 0  # zero at first
+    assert second.projected["ig"].abs().max() > 0
+    # The head is SiT's final layer: its own norm, shift and scale by the condition, on the tokens of block 2.
+    state = weights(folder)
+    assert {name for name in state if name.startswith("heads.")} == {
+        f"heads.ig.{name}.{kind}" for name in ("linear", "adaLN_modulation.1") for kind in ("weight", "bias")
+    }
+    head = {name.removeprefix("heads.ig."): value for name, value in state.items() if name.startswith("heads.ig.")}
+    layer = FinalLayer(load.load_sit(folder)[0].config)
+    layer.load_state_dict(head)
+    h, c = torch.randn(2, 4, 192), torch.randn(2, 192)
+    shift, scale = (F.silu(c) @ head["adaLN_modulation.1.weight"].T + head["adaLN_modulation.1.bias"]).chunk(2, dim=1)
+    normal = F.layer_norm(h, (192,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    torch.testing.assert_close(layer(h, c), normal @ head["linear.weight"].T + head["linear.bias"])
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0])
+def test_dispersive_is_its_formula_over_groups_of_consecutive_samples(tau, data, tmp_path, monkeypatch):
+    source, spy = scrambled(data, tmp_path), Spy(monkeypatch)
+    options = {"align": "dispersive", "dispersive_tau": tau, "init_from": source, **SMALL}
+    row = read_log(run(data, tmp_path, max_train_steps=1, **options))[0]
+    (call,) = spy.calls
+    z = blocks_of(load.load_sit(source)[0], call)[2].detach().double().flatten(1)
+    values = []
+    for group in (range(0, 3), range(3, 6)):
+        pairs = [math.exp(-(z[i] - z[j]).square().sum().item() / (z.shape[1] * tau)) for i in group for j in group]
+        values.append(math.log(sum(pairs) / 9))
+    assert row["align_dispersive"] == pytest.approx(sum(values) / 2, rel=1e-4)
+    assert -math.log(3) < row["align_dispersive"] < -0.01
+    assert row["loss"] == pytest.approx(row["velocity"] + 0.5 * row["align_dispersive"], rel=1e-5)
+    assert not any(name.startswith("heads.") for name in weights(tmp_path / "run"))
+
+
+def test_dispersive_keeps_its_value_for_tokens_that_share_a_large_part():
+    h = torch.randn(4, 3, 8)
+    dispersion = Dispersion(1.0, 0.5, 4)
+    torch.testing.assert_close(dispersion.loss(h + 1000, None, None), dispersion.loss(h, None, None), rtol=1e-3, atol=0)
+    assert dispersion.loss(torch.ones(4, 3, 8), None, None) == pytest.approx(0, abs=1e-6)
+    assert dispersion.loss(100 * h.bfloat16(), None, None).item() == pytest.approx(-math.log(4))
+
+
+def test_a_teacher_of_the_same_forward_gets_no_gradient(data, tmp_path, monkeypatch):
+    """Of LayerSync: what is computed from the later block alone has none, and so has the block itself."""
+    reached, compute = {}, train.training_loss
+
+    def spy(model, z, *inputs):
+        losses = compute(model, z, *inputs)
+        blocks = [model.sit.blocks[k].mlp.fc1.weight for k in range(6)]
+        found = torch.autograd.grad(losses["align_layersync"], blocks, allow_unused=True, retain_graph=True)
+        reached.update(enumerate(grad is not None and bool(grad.abs().max() > 0) for grad in found))
+        return losses
+
+    source = scrambled(data, tmp_path)
+    monkeypatch.setattr(train, "training_loss", spy)
+    options = {"layersync_depth": 2, "layersync_teacher_depth": 5, "init_from": source}
+    run(data, tmp_path, align="layersync", max_train_steps=1, **options)
+    assert [reached[k] for k in range(6)] == [True, True, False, False, False, False]
+
+
 # --- all of them ---
 
 
 def test_the_first_velocity_loss_is_the_same_for_every_method(data, repa, tmp_path):
     first = {
-        align: read_log(run(data, tmp_path / align, align=align, max_train_steps=1, **repa))[0]
-        for align in ("none", "vae", "repa", "sra", "repa+vae", "sra+vae", "sra+vae+repa")
+        align: read_log(run(data, tmp_path / align, align=align, max_train_steps=1, **SMALL, **repa))[0]
+        for align in ("none", *METHODS, "repa+vae", "sra+vae", "sra+vae+repa", "dispersive+ig+layersync+vae")
     }
     assert len({row["velocity"] for row in first.values()}) == 1
     for align, row in first.items():
@@ -313,7 +439,7 @@ def test_align_none_runs_the_operators_of_a_plain_sit(data, tmp_path, monkeypatc
     assert counter.counts == plain.counts
 
 
-@pytest.mark.parametrize("align", ["vae", "repa", "sra"])
+@pytest.mark.parametrize("align", METHODS)
 def test_alignment_gradients_reach_its_blocks_and_no_later_one(align, data, repa, tmp_path, monkeypatch):
     reached = {}
     compute = train.training_loss
@@ -327,7 +453,8 @@ def test_alignment_gradients_reach_its_blocks_and_no_later_one(align, data, repa
 
     monkeypatch.setattr(train, "training_loss", spy)
     flag = "align_depth" if align == "vae" else f"{align}_depth"
-    run(data, tmp_path, align=align, max_train_steps=1, **{flag: 3}, **repa)
+    later = {"layersync_teacher_depth": 5}
+    run(data, tmp_path, align=align, max_train_steps=1, **{flag: 3}, **later, **SMALL, **repa)
     blocks = {int(name.split(".")[2]) for name, hit in reached.items() if hit and name.startswith("sit.blocks.")}
     assert blocks == {0, 1, 2}
     assert not reached["sit.final_layer.linear.weight"]
@@ -416,7 +543,7 @@ def test_a_method_whose_weight_is_gone_costs_no_target_and_is_reported_as_0(data
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"align": "dino"}, r"--align: expected none or some of vae, repa, sra, as in repa.vae, found 'dino'"),
+        ({"align": "dino"}, r"--align: expected none or some of vae, repa, sra, .*, as in repa.vae, found 'dino'"),
         ({"align": "vae+vae"}, r"--align: .*found 'vae\+vae'"),
         ({"align": "none+vae"}, r"--align: "),
         ({"align_depth": (0,)}, r"--align-depth: expected different blocks in 1\.\.6.*found 0"),
@@ -430,6 +557,19 @@ def test_a_method_whose_weight_is_gone_costs_no_target_and_is_reported_as_0(data
         ({"align_schedule": "linear"}, r"--align-schedule: expected constant, sra, or linear:K.*found 'linear'"),
         ({"align_schedule": "off:0"}, r"--align-schedule: .*found 'off:0'"),
         ({"align": "sra", "sra_schedule": "sqrt:5"}, r"--sra-schedule: .*found 'sqrt:5'"),
+        ({"align": "layersync", "layersync_depth": 3}, r"--layersync-teacher-depth: .*above.*\(3\), found 3"),
+        ({"align": "layersync", "layersync_teacher_depth": 1}, r"--layersync-teacher-depth: .*\(2\), found 1"),
+        ({"align": "layersync", "layersync_teacher_depth": 7}, r"--layersync-teacher-depth: .* in 1\.\.6.*found 7"),
+        ({"align": "layersync", "layersync_weight": -1.0}, r"--layersync-weight: expected at least 0"),
+        ({"align": "ig", "ig_depth": 7}, r"--ig-depth: .*found 7"),
+        ({"align": "ig", "ig_weight": -1.0}, r"--ig-weight: expected at least 0"),
+        (
+            {"align": "dispersive"},
+            r"--dispersive-group: .*divisor of the 6 samples of a micro-batch, found 32; set.* 2,",
+        ),
+        ({"align": "dispersive", "batch_size": 5}, r"divisor of the 5 samples.*found 32; set another --batch-size"),
+        ({"align": "dispersive", "dispersive_group": 1}, r"--dispersive-group: expected at least 2, found 1"),
+        ({"align": "dispersive", "dispersive_tau": 0.0}, r"--dispersive-tau: expected more than 0"),
     ],
 )
 def test_refusals_name_the_flag(changes, message, data, tmp_path):
@@ -439,8 +579,11 @@ def test_refusals_name_the_flag(changes, message, data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_resumed_teacher_is_the_one_that_was_saved(data, repa, tmp_path):
-    options = {"align": "sra+repa", "align_schedule": "linear:9", **repa}
+@pytest.mark.parametrize("align", [None, "layersync", "ig", "dispersive"])
+def test_a_resumed_run_of_every_method_equals_an_undisturbed_one(align, data, repa, tmp_path):
+    options = (
+        {"align": "sra+repa", "align_schedule": "linear:9", **repa} if align is None else {"align": align, **SMALL}
+    )
     whole = run(data, tmp_path / "whole", max_train_steps=4, **options)
     run(data, tmp_path / "parts", max_train_steps=2, **options)
     parts = run(data, tmp_path / "parts", max_train_steps=4, **options)
@@ -450,7 +593,8 @@ def test_a_resumed_teacher_is_the_one_that_was_saved(data, repa, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_every_method_as_one_does(data, repa, tmp_path):
-    options = {"align": "repa+sra+vae", "batch_size": 8, "max_train_steps": 3, "repa_schedule": "off:2", **repa}
+    options = {"align": ALL, "batch_size": 8, "max_train_steps": 3, "repa_schedule": "off:2", **repa}
+    options["dispersive_group"] = 2
     alone = read_log(run(data, tmp_path / "one", **options))
     flags = settings(data, tmp_path / "two", gradient_accumulation_steps=2, **options)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -460,17 +604,17 @@ def test_two_processes_train_every_method_as_one_does(data, repa, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     for row, other in zip(alone, read_log(tmp_path / "two" / "run"), strict=True):
-        for name in ("loss", "velocity", "align_vae", "align_repa", "align_sra", "grad_norm"):
+        for name in ("loss", "velocity", "grad_norm", *(f"align_{name}" for name in METHODS)):
             assert other[name] == pytest.approx(row[name], rel=1e-5)
 
 
 @pytest.mark.slow
 def test_compiled_methods_equal_eager_ones(data, repa, tmp_path):
-    options = {"align": "repa+sra+vae", "align_head": "conv", **repa}
+    options = {"align": ALL, "align_head": "conv", **SMALL, **repa}
     eager = read_log(run(data, tmp_path / "eager", **options))
     compiled = read_log(run(data, tmp_path / "compiled", compile=True, **options))
     for row, other in zip(eager, compiled, strict=True):
-        for name in ("loss", "velocity", "align_vae", "align_repa", "align_sra", "grad_norm"):
+        for name in ("loss", "velocity", "grad_norm", *(f"align_{name}" for name in METHODS)):
             assert other[name] == pytest.approx(row[name], rel=1e-5)
 
 
@@ -478,8 +622,8 @@ def test_compiled_methods_equal_eager_ones(data, repa, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_every_method_trains_in_bf16_on_a_gpu(compiled, data, repa, tmp_path):
-    options = {"align": "repa+sra+vae", "max_train_steps": 3, "mixed_precision": "bf16", "compile": compiled}
-    rows = read_log(run(data, tmp_path, **options, **repa))
+    options = {"align": ALL, "max_train_steps": 3, "mixed_precision": "bf16", "compile": compiled}
+    rows = read_log(run(data, tmp_path, **options, **SMALL, **repa))
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert load_encoder(ENCODER, 2, repa["repa_weights"], "cuda").network.pos_embed.dtype == torch.bfloat16
 

@@ -298,6 +298,26 @@ JOINT_CHANGES = {
 }  # fmt: skip
 
 
+OWN_CHANGES = {
+    "layersync_depth": (1, 2), "layersync_teacher_depth": 5, "layersync_weight": 0.5, "layersync_schedule": "off:2",
+    "ig_depth": 3, "ig_weight": 0.1, "ig_schedule": "off:2", "dispersive_depth": 3, "dispersive_weight": 0.1,
+    "dispersive_tau": 1.0, "dispersive_group": 2, "dispersive_schedule": "off:2",
+}  # fmt: skip
+OWN = {"align": "layersync+ig+dispersive", "dispersive_group": 3, "max_train_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def own(data, tmp_path_factory):
+    """Weights of a run of LayerSync, Internal Guidance and dispersion, whose settings the next test changes."""
+    return weights(run(data, tmp_path_factory.mktemp("own"), **OWN))
+
+
+@pytest.mark.parametrize("name", OWN_CHANGES)
+def test_every_flag_of_methods_without_another_network_changes_the_result(name, data, tmp_path, own):
+    changed = weights(run(data, tmp_path, **OWN | {name: OWN_CHANGES[name]}))
+    assert not torch.equal(changed["sit.blocks.0.mlp.fc1.weight"], own["sit.blocks.0.mlp.fc1.weight"])
+
+
 @pytest.mark.parametrize("name", JOINT_CHANGES)
 def test_every_flag_of_repa_and_sra_changes_the_result(name, data, tmp_path, joint, joint_settings, encoder_weights):
     value = encoder_weights[1] if name == "repa_weights" else JOINT_CHANGES[name]
@@ -392,7 +412,7 @@ def test_every_flag_is_either_free_on_resume_or_tested_above():
         "repa_final_norm", "init_classes",  # in test_methods.py, test_first_day.py
         "preset", "repa_normalize_share",  # in test_field.py
     }  # fmt: skip
-    tested = set(CHANGES) | set(JOINT_CHANGES)
+    tested = set(CHANGES) | set(JOINT_CHANGES) | set(OWN_CHANGES)
     assert {field.name for field in dataclasses.fields(TrainConfig)} == (
         settings_by(on_resume="free") | tested | elsewhere
     ), "a new flag needs a test of its effect"

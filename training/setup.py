@@ -305,6 +305,7 @@ def build_methods(
         autocast=accelerator.autocast,
         steps_per_epoch=len(store) / config.batch_size,
         resolution=config.resolution,
+        micro_batch=config.batch_size // accelerator.num_processes // config.gradient_accumulation_steps,
         compile=config.compile,
     )
     return {name: METHODS[name].build(context) for name in parse_align(config.align)}
@@ -324,13 +325,16 @@ def build_sit(config: TrainConfig, store: LatentDataset, source: tuple[SiT, dict
     return sit
 
 
-def make_heads(config: TrainConfig, methods: dict[str, AlignmentTerms]) -> dict[str, tuple[int, torch.nn.Module]]:
-    """Depth and head of each term of the loss, by name; its weights depend on the seed and that name alone."""
+def make_heads(
+    config: TrainConfig, methods: dict[str, AlignmentTerms]
+) -> dict[str, tuple[tuple[int, ...], torch.nn.Module]]:
+    """Head of each term of the loss, by name, behind the depths of what it takes; its weights depend on seed and
+    name alone."""
     heads = {}
     for name, terms in methods.items():
         for term, depth in terms.term_names(name).items():
             torch.manual_seed(step_generator(config.seed, 0, f"head {term}").initial_seed())
-            heads[term] = (depth, terms.make_head())
+            heads[term] = ((depth, *terms.also), terms.make_head())
     return heads
 
 
