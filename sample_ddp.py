@@ -39,7 +39,7 @@ from torch import Tensor
 from evaluations.evaluator import Evaluation, Settings, describe_source
 from evaluations.images import open_images
 from evaluations.networks import load_network
-from models.load import has_null_class, load_sit
+from models.load import has_null_class, load_head, load_sit
 from models.sit import SiT, SiTConfig
 from models.vae import UNKNOWN_VAE, check_vae, decoder_digest, load_vae, vae_digest
 from runtime.distributed import allow_tf32, barrier, choose_device, copy_to_host_async, hold_directory, run_on_rank0
@@ -115,7 +115,8 @@ def sample(config: SampleConfig, given: frozenset[str], rank: int, processes: in
                     f"{settings['vae_decoder'][:12]}...), found another in {info['vae']} ({drawn_by[:12]}...)"
                 )
             stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-            generator = SampleGenerator(settings, sit, vae, info, classes, device, stream, guide)
+            headed = load_head(sit, info) if settings["head_guidance"] is not None else None
+            generator = SampleGenerator(settings, sit, vae, info, classes, device, stream, guide, headed)
             if settings["batch_size"] is None:
                 settings["batch_size"] = find_batch_size(generator, processes)
             # The reference is measured once, before the first image is drawn.

@@ -1,4 +1,5 @@
-"""Classifier-free guidance: from a class-conditional model to the velocity that a solver follows.
+"""Classifier-free guidance, and guidance by a head inside the network: from a class-conditional model to the velocity
+that a solver follows.
 
 Shape suffixes: N batch, C latent channels, H x W latent sides.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +18,40 @@ from diffusion.interpolant import Interpolant
 
 ROUNDING = 1e-9  # of a time that falls on an end of the interval: both ends belong to it
 Velocity = Callable[..., Tensor]  # (x (N, ...) float64, t) -> (N, ...); see `guided_velocity` for a third argument
+
+
+@dataclass(frozen=True)
+class HeadGuidance:
+    """Guidance by a weak model inside the network: a head on one of its blocks (Internal Guidance, arXiv 2512.24176).
+
+        v = v_mid + scale * (v_final - v_mid)    for low <= t <= high
+
+    Scale 1 is none. A head that predicts the clean latent has a velocity for t > 0: at t = 0 (where an adaptive
+    solver comes as near as numbers go) it is v_final alone.
+
+    Args:
+        network: (x, t, y), as of SiT, -> v_final and what the head predicts, (N, C, H, W) each, as `HeadedSiT`; its
+            `predicts_velocity` says what that is: the velocity, or the clean latent.
+        path: that the network was trained on.
+    """
+
+    network: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    scale: float
+    interval: tuple[float, float]
+    path: Interpolant
+
+    def holds(self, t: float) -> bool:
+        low, high = self.interval
+        return (
+            self.scale != 1
+            and low - ROUNDING <= t <= high + ROUNDING
+            and (t > ROUNDING or self.network.predicts_velocity)
+        )
+
+    def velocity(self, x: Tensor, t: float, output: Tensor, predicted: Tensor) -> Tensor:  # (N, C, H, W) each -> same
+        v = self.path.predicted_velocity(output, x, t)
+        v_mid = predicted if self.network.predicts_velocity else self.path.velocity_towards(predicted, x, t)
+        return v_mid + self.scale * (v - v_mid)
 
 
 def guided_velocity(
@@ -28,6 +64,7 @@ def guided_velocity(
     channels: str = "all",
     guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     interpolant: Interpolant | None = None,
+    head: HeadGuidance | None = None,
 ) -> Velocity:
     """The velocity of a class-conditional model, with classifier-free guidance on an interval of times.
 
@@ -50,6 +87,7 @@ def guided_velocity(
             2024, Eq. 3 there).
         interpolant: the path and what the models predict on it, if that is not the velocity. Of data that they predict
             there is no velocity at t = 0.
+        head: guidance of the model's own velocities v_class and v_null, before they are combined.
 
     Returns:
         A function of (x (N, C, H, W), t float) that gives the velocity (N, C, H, W) float64. A third argument, a time,
@@ -74,8 +112,10 @@ def guided_velocity(
     def network(x: Tensor, t: float, y: Tensor, model=model) -> Tensor:  # (M, C, H, W), (M,) -> (M, C, H, W)
         times = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         with torch.autocast(x.device.type, autocast) if autocast else nullcontext():
-            output = model(x.float(), times, y).double()
-        return interpolant.predicted_velocity(output, x, t)
+            if model is guide or head is None or not head.holds(t):
+                return interpolant.predicted_velocity(model(x.float(), times, y).double(), x, t)
+            v, predicted = head.network(x.float(), times, y)
+        return head.velocity(x.double(), t, v.double(), predicted.double())
 
     def velocity(x: Tensor, t: float, gate: float | None = None) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
         gate = t if gate is None else gate

@@ -81,18 +81,21 @@ class Interpolant:
         # Eq. 3 and 4
         return _like(self.da(t), z) * z + _like(self.db(t), eps) * eps
 
-    def predicted_velocity(
-        self, output: Tensor, y_t: Tensor, t: Time, floor: float = 0.0
+    def velocity_towards(
+        self, z: Tensor, y_t: Tensor, t: Time, floor: float = 0.0
     ) -> Tensor:  # (N, ...), (N, ...), (N,) -> (N, ...)
-        """The velocity that a network's output stands for: itself, or of a z that it predicts that of Eq. 3 with
-        eps = (y_t - a_t z) / b_t; on the linear path (y_t - z) / t. `floor` is the least divisor, for b_t = 0 at t = 0.
+        """The velocity at y_t of the path whose clean end is z: Eq. 3 with eps = (y_t - a_t z) / b_t.
+
+        On the linear path (y_t - z) / t. `floor` is the least divisor, for b_t = 0 at t = 0.
         """
-        output, y_t = at_least_float32(output), at_least_float32(y_t)
-        if self.prediction == "v":
-            return output
+        z, y_t = at_least_float32(z), at_least_float32(y_t)
         a, b, da, db = (_like(c, y_t) for c in (self.a(t), self.b(t), self.da(t), self.db(t)))
         divisor = b.clamp(min=floor) if isinstance(b, Tensor) else max(b, floor)
-        return (db * y_t - (a * db - da * b) * output) / divisor
+        return (db * y_t - (a * db - da * b) * z) / divisor
+
+    def predicted_velocity(self, output: Tensor, y_t: Tensor, t: Time, floor: float = 0.0) -> Tensor:
+        """The velocity that a network's output stands for: itself, or that towards a z that it predicts."""
+        return at_least_float32(output) if self.prediction == "v" else self.velocity_towards(output, y_t, t, floor)
 
     def time_at(self, log_ratio: Tensor) -> Tensor:  # (N,) -> (N,)
         """The t at which log(b_t / a_t) is this. Of normal numbers: REPA's "lognormal" times, as its code has them."""

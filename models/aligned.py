@@ -1,4 +1,5 @@
-"""A SiT with the heads that are trained beside it: the one module that DDP wraps and the optimizer sees."""
+"""A SiT with the heads that are trained beside it: the one module that DDP wraps and the optimizer sees; or with
+one of them, to sample from."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from models.sit import SiT
+from models.sit import SiT, unpatchify
 
 
 class AlignedSiT(nn.Module):
@@ -36,3 +37,15 @@ class AlignedSiT(nn.Module):
         velocity, tokens = self.sit(x, t, y, return_blocks=wanted)
         h = dict(zip(wanted, tokens, strict=True))
         return velocity, {name: self.heads[name](*(h[d] for d in depths)) for name, depths in self.depths.items()}
+
+
+class HeadedSiT(AlignedSiT):
+    """A SiT with one head, whose tokens are the patches of a latent: the clean one, or the velocity."""
+
+    def __init__(self, sit: SiT, depths: tuple[int, ...], head: nn.Module, predicts_velocity: bool):
+        super().__init__(sit, {"head": (depths, head)})
+        self.predicts_velocity = predicts_velocity
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # as SiT's -> (N, C, H, W) each
+        velocity, projected = super().forward(x, t, y)
+        return velocity, unpatchify(projected["head"], self.sit.config.patch_size)

@@ -3,6 +3,7 @@
     <run>/checkpoints/0400000/
         config.json          settings of the SiT
         ema.safetensors      the EMA of the SiT: what is sampled from
+        heads-ema.safetensors    that of the heads that can guide sampling, if it has some
         model.safetensors    SiT and heads as trained
         optimizer.pt         optimizer state, tensors and plain values only
         state.json           step, settings of the run, latent scale, versions, git revision, SHA-256 of each file
@@ -18,14 +19,17 @@ from typing import Any
 
 from torch import nn
 
+from models.aligned import HeadedSiT
 from models.convert import FORMATS, convert_state_dict, read_args
-from models.sit import SiT, SiTConfig
+from models.projector import ConvHead, Projector
+from models.sit import FinalLayer, SiT, SiTConfig
 from models.tensor_file import load_exactly, read_tensor_file
 from models.vae import UNKNOWN_VAE, LatentScale
 from runtime.files import Field, read_checksummed_json, read_record, sha256
 
 FORMAT = "vae-repa-checkpoint"
 VERSION = 1
+HEADS = "heads-"  # before the name of an EMA: that of the heads that can guide
 STATE = {  # the fields of state.json, which training/checkpoint.py writes
     **dict.fromkeys(
         "format version step vae vae_digest resolution class_names scale path_type digests".split(), Field()
@@ -159,9 +163,49 @@ def load_sit(path: str | Path, ema: str | None = None, format: str | None = None
         "format": "vae-repa",
         "read_as": f"step {state['step']} of this project, {weights.removesuffix('.safetensors').upper()} weights",
         "digest": state["digests"][weights],
+        "heads": HEADS + weights if HEADS + weights in state["digests"] else None,
         "scale": LatentScale.from_dict(state["scale"]),
     }
     return model.eval().requires_grad_(False), info
+
+
+def guide_head(info: dict[str, Any]) -> tuple[str, list[int], tuple[float, float]]:
+    """Method, depths and trained times of the head by which the model of `load_sit` can be guided: Internal Guidance's,
+    or that of VAE-REPA. Of several depths the first is meant.
+
+    Raises:
+        ValueError: there is none, or one without the scale of the latents.
+    """
+    config = info.get("config") or {}
+    method = next((name for name in ("ig", "vae") if name in config.get("align", "").split("+")), None)
+    if method is None or not info.get("heads"):
+        why = "its EMA was not kept by older code: resume the run" if method else "train with --align vae, or ig"
+        raise ValueError(f"--head-guidance: expected a head that can guide in {info['source']}, found none ({why})")
+    normalized = config["align_normalize"] not in ("none", False)  # a bool in older records
+    if method == "vae" and (normalized or config["align_objective"].startswith("cosine")):
+        found = "--align-normalize" if normalized else f"--align-objective {config['align_objective']}"
+        raise ValueError(f"--head-guidance: expected a head that knows the latents' scale, found {found}; leave it out")
+    return method, config["ig_depth" if method == "ig" else "align_depth"], tuple(config["align_time_range"])
+
+
+def load_head(sit: SiT, info: dict[str, Any]) -> HeadedSiT:
+    """The SiT of `load_sit` and the EMA of the head that guides it, where the SiT is.
+
+    Raises:
+        ValueError: as `guide_head`; a file is damaged.
+    """
+    (method, depths, _), config = guide_head(info), info["config"]
+    D, out = sit.config.hidden_size, sit.config.patch_dim
+    if method == "ig":
+        head = FinalLayer(sit.config)
+    else:
+        head = ConvHead(D, out) if config["align_head"] == "conv" else Projector(D, out, config["align_layers"])
+    file, prefix = verified_file(Path(info["source"]), info["heads"], info), f"{method}_{depths[0]}."
+    prefix = f"{method}." if len(depths) == 1 else prefix
+    tensors = {k.removeprefix(prefix): v for k, v in read_tensor_file(file).items() if k.startswith(prefix)}
+    load_exactly(head, tensors, "the head")
+    headed = HeadedSiT(sit, (depths[0], 0) if method == "ig" else (depths[0],), head, method == "ig")
+    return headed.to(sit.pos_embed.device).eval().requires_grad_(False)
 
 
 def has_null_class(info: dict[str, Any]) -> bool:

@@ -110,6 +110,15 @@ class SampleConfig:
         None, "checkpoint of a smaller or less trained model, whose velocity stands for v_null"
     )
 
+    head_guidance: tuple[float, ...] = _solver(
+        (1.0,),
+        "experimental: v_mid + scale (v - v_mid) before class guidance, v_mid by the head of --align vae or ig; 1 is "
+        "none; several: a set each",
+    )
+    head_guidance_interval: tuple[float, float] | None = _solver(
+        None, "at these times; by default all that the head was trained at", metavar="T"
+    )
+
     per_proc_batch_size: str = _speed("64", f"images per batch of a process: a multiple of {BLOCK}, or auto: {_AUTO}")
     mixed_precision: str | None = _precision("precision of the network; by default bf16 on a GPU, no on a CPU")
     vae_precision: str | None = _precision("precision of the decoder; by default bf16 on a GPU, no on a CPU")
@@ -154,6 +163,9 @@ class SampleConfig:
             check(self, "guidance_low", 0 <= low <= 1, "times in [0, 1]")
             check(self, "guidance_high", low <= high <= 1, f"a time in [{low}, 1], not before --guidance-low")
         check(self, "sample_dir", not (self.sample_dir and self.output_dir), "no --output-dir beside it")
+        check(self, "head_guidance", all(abs(k) < float("inf") for k in self.head_guidance), "finite scales")
+        guided = self.head_guidance_interval is None or set(self.head_guidance) != {1}
+        check(self, "head_guidance_interval", guided, "a --head-guidance other than 1 beside it")
         check(self, "seed", 0 <= self.seed < 2**64, "an integer in [0, 2**64)")
         enough = not self.evaluate or self.num_samples > NEIGHBOURS
         check(self, "num_samples", enough, f"more than {NEIGHBOURS} beside --evaluate")
@@ -167,7 +179,8 @@ class SampleConfig:
         return list(zip(lows, highs, strict=True))
 
     def sets(self) -> list[SampleConfig]:
-        """The settings of each set of a checkpoint: each scale on each interval; without guidance (scale 1) one set."""
+        """The settings of each set of a checkpoint: each scale on each interval, by each of the head; without guidance
+        (scale 1) one set."""
         intervals = self.guidance_intervals()
         found = [(k, interval) for k in self.guidance_scale for interval in (intervals[:1] if k == 1 else intervals)]
         return [
@@ -177,6 +190,9 @@ class SampleConfig:
                 guidance_low=(low,),
                 guidance_high=(high,),
                 autoguidance=None if scale == 1 else self.autoguidance,
+                head_guidance=(head,),
+                head_guidance_interval=None if head == 1 else self.head_guidance_interval,
             )
             for scale, (low, high) in dict.fromkeys(found)
+            for head in dict.fromkeys(self.head_guidance)
         ]

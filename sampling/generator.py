@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.guidance import guided_velocity
+from diffusion.guidance import HeadGuidance, guided_velocity
 from diffusion.interpolant import Interpolant
 from diffusion.samplers import sample_dopri5, sample_ode, sample_sde
+from models.aligned import HeadedSiT
 from models.sit import SiT
 from models.vae import UINT8_RULES, LatentScale, decode, to_uint8
 from runtime.distributed import compile_each
@@ -46,6 +47,7 @@ def sample_latents(
     guidance_channels: str = "all",
     guide: SiT | None = None,
     time_shift: float = 1.0,
+    head: HeadGuidance | None = None,
     **options: Any,
 ) -> Tensor:  # (N,) -> (N, C, H, W) float64
     """Draw latents at t = 0, scaled as the model was trained with.
@@ -58,7 +60,7 @@ def sample_latents(
         sampler: one of `SAMPLERS`.
         num_steps: as in `sample_ode` and `sample_sde`.
         interpolant: the path the model was trained on, and what it predicts.
-        guidance_scale, guidance_interval, guidance_channels, guide, autocast: as in `guided_velocity`.
+        guidance_scale, guidance_interval, guidance_channels, guide, head, autocast: as in `guided_velocity`.
         last_step_size: as in `sample_sde`; of no effect on the other samplers.
         time_shift: of the times of the solver, as in `shift_time`; of no effect on ode-dopri5.
         options: further arguments of the solver; `SAMPLER_OPTIONS` has their names.
@@ -66,7 +68,7 @@ def sample_latents(
     Raises:
         ValueError: unknown sampler, or a setting out of range.
     """
-    guidance = guidance_scale, guidance_interval, autocast, guidance_channels, guide, interpolant
+    guidance = guidance_scale, guidance_interval, autocast, guidance_channels, guide, interpolant, head
     ends_at_0 = interpolant.prediction == "v"
     if sampler == "ode-dopri5":  # block by block, so that an image's steps do not depend on the size of the batch
         blocks = zip(noise().split(BLOCK), y.split(BLOCK), strict=True)
@@ -184,6 +186,7 @@ class SampleGenerator:
         classes: the classes to draw from, (K,) int64.
         stream: the side stream; `None` decodes in the current one.
         guide: the weaker model of autoguidance, on the device.
+        headed: `sit` with the head that guides it, where the settings have --head-guidance.
     """
 
     settings: dict[str, Any]
@@ -194,6 +197,7 @@ class SampleGenerator:
     device: torch.device
     stream: torch.cuda.Stream | None = None
     guide: SiT | None = None
+    headed: HeadedSiT | None = None
 
     def labels(self, first: int, count: int) -> np.ndarray:  # -> (count,) int64
         return draw_labels(self.settings["labels"], self.classes, self.settings["seed"], first, count)
@@ -208,6 +212,9 @@ class SampleGenerator:
         autocast = torch.bfloat16 if settings["mixed_precision"] == "bf16" else None
         options = {name: settings[name] for name in SAMPLER_OPTIONS.get(settings["sampler"], ())}
         options["guide"] = self.guide
+        if settings["head_guidance"] is not None:
+            strength = settings["head_guidance"], settings["head_guidance_interval"]
+            options["head"] = HeadGuidance(self.headed, *strength, solver[-1])
         options["guidance_channels"] = settings["guidance_channels"] or "all"
         options["time_shift"] = settings["time_shift"] or 1.0
         last_step_size = settings["last_step_size"] or 0.04  # None where it has no effect

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from diffusion.interpolant import choose_shift
+from models.load import guide_head
 from models.sit import SiT
 from models.vae import UINT8_RULES
 from runtime import provenance
@@ -34,6 +35,7 @@ _FACTS = (
     "checkpoint_digest step path_type diffusion guidance_scale guidance_interval batch_size block_size device_type "
     "vae_digest latent_scale latent_shape resolution uint8_rule"
 )
+HEAD_GUIDANCE = ("head_guidance", "head_guidance_interval", "head_guidance_digest")  # None where there is none
 SETTINGS = {name: fields_of(SampleConfig)[name] for name in FLAGS}
 SETTINGS |= {name: Field() for name in _FACTS.split()}
 SETTINGS |= {
@@ -41,6 +43,7 @@ SETTINGS |= {
     "prediction": Field("v"),
     "vae_decoder": Field(None),
     "autoguidance_digest": Field(None),
+    **dict.fromkeys(HEAD_GUIDANCE, Field(None)),
 }
 # Beside the settings, which an unfinished set has alone.
 _ABOUT = "checkpoint vae class_names processes device timing versions git_revision machine date npz_sha256"
@@ -70,6 +73,7 @@ def describe(config: SampleConfig, sit: SiT, info: dict[str, Any], device: torch
         "checkpoint_digest": info["digest"],
         "checkpoint_format": info["format"],
         "autoguidance_digest": info.get("autoguidance_digest"),
+        **describe_head(config, info),
         "diffusion": "2t" if as_of_old else None,
         "guidance_scale": scale,
         "guidance_interval": interval,
@@ -96,6 +100,23 @@ def _without_unused(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["guidance_scale"] == 1:
         unused += ["guidance_interval", "guidance_channels", "autoguidance_digest"]
     return settings | dict.fromkeys(unused)
+
+
+def describe_head(config: SampleConfig, info: dict[str, Any]) -> dict[str, Any]:
+    """`HEAD_GUIDANCE`: its scale, its times, all at which the head was trained unless given, and the head's digest.
+
+    Raises:
+        ValueError: other times, or no head that can guide.
+    """
+    (scale,) = config.head_guidance
+    if scale == 1:
+        return dict.fromkeys(HEAD_GUIDANCE)
+    low, high = guide_head(info)[2]
+    first, last = config.head_guidance_interval or (low, high)
+    if not low <= first <= last <= high:
+        trained = f"LOW <= HIGH in [{low}, {high}], where the head was trained"
+        raise ValueError(f"--head-guidance-interval: expected {trained}, found {first} {last}")
+    return dict(zip(HEAD_GUIDANCE, (scale, (first, last), info["digests"][info["heads"]]), strict=True))
 
 
 def describe_run(generator: SampleGenerator, processes: int, timing: dict[str, float]) -> dict[str, Any]:
@@ -148,6 +169,8 @@ def resume(config: SampleConfig, given: Set[str], recorded: dict[str, Any]) -> S
     values = {name: recorded[name] for name in FLAGS}
     values |= {"guidance_scale": (recorded["guidance_scale"],), "per_proc_batch_size": str(recorded["batch_size"])}
     values["uint8_rule"] = next((name for name, rule in UINT8_RULES.items() if rule == recorded["uint8_rule"]), None)
+    values["head_guidance"] = (recorded["head_guidance"],) if recorded["head_guidance"] else None
+    values["head_guidance_interval"] = recorded["head_guidance_interval"]
     if recorded["guidance_interval"]:
         values["guidance_low"], values["guidance_high"] = ((time,) for time in recorded["guidance_interval"])
     values["time_shift"] = recorded["time_shift"] and str(recorded["time_shift"])

@@ -167,6 +167,9 @@ def choose_directory(config: SampleConfig, one: SampleConfig, info: dict[str, An
     name = f"{model}-{one.sampler}{steps}-{guidance}{scale:g}"
     if scale != 1 and interval != (0.0, 1.0):
         name += "-t{:g}-{:g}".format(*interval)
+    if one.head_guidance != (1,):
+        name += "-head{:g}".format(*one.head_guidance)
+        name += "-t{:g}-{:g}".format(*one.head_guidance_interval) if one.head_guidance_interval else ""
     name += f"-seed{one.seed}-n{one.num_samples}" + (f"-ema-{one.ema}" if one.ema else "")
     if config.output_dir is None:
         return (Path(config.sample_dir) / f"{run_dir.name}-{name}") if config.sample_dir else run_dir / "samples" / name

@@ -125,3 +125,21 @@ def test_a_shift_of_time_keeps_the_ends_and_multiplies_the_ratio_to_noise():
     assert choose_shift("auto", (4, 32, 32)) == 1
     assert choose_shift("auto", (768, 16, 16)) == pytest.approx(6.9282, abs=1e-4)  # RAE's
     assert choose_shift("2.5", (4, 32, 32)) == 2.5
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_velocity_towards_the_mean_of_the_data_is_the_exact_one(path):
+    """Data of N(m, s^2) have a closed form: E[z | y_t] and the velocity of Eq. 2, from the densities alone."""
+    interpolant, m, s = Interpolant(path), 0.7, 0.4
+    y = torch.linspace(-3, 3, 25, dtype=torch.float64).view(5, 5)
+    for t in (0.01, 0.3, 0.8, 1.0):
+        a, b, da, db = interpolant.a(t), interpolant.b(t), interpolant.da(t), interpolant.db(t)
+        variance = a**2 * s**2 + b**2
+        # Of a Gaussian path N(a m, variance) that each sample rides: mean' + variance' / (2 variance) (y - mean).
+        exact = da * m + (a * da * s**2 + b * db) / variance * (y - a * m)
+        mean = m + a * s**2 / variance * (y - a * m)
+        torch.testing.assert_close(interpolant.velocity_towards(mean, y, t), exact, rtol=1e-9, atol=1e-9)
+        z, eps, times = torch.randn(5, 5), torch.randn(5, 5), torch.full((5,), t)
+        y_t = interpolant.interpolate(z, eps, times)
+        found = interpolant.velocity_towards(z, y_t, times)
+        torch.testing.assert_close(found, interpolant.velocity(z, eps, times), rtol=1e-3, atol=1e-3)

@@ -30,11 +30,11 @@ from torch.utils._pytree import tree_map_only
 
 from dataset import LatentDataset, store_digest
 from diffusion.interpolant import choose_shift
-from models.load import FORMAT, VERSION, checkpoints, latest_checkpoint, load_weights, read_state, verified_file
-from models.sit import SiT
+from models.load import FORMAT, HEADS, VERSION, checkpoints, latest_checkpoint, load_weights, read_state, verified_file
 from runtime import provenance
 from runtime.files import fsync, sha256, to_checksummed_json
 from training.config import TrainConfig
+from training.optimizer import fix_loaded_state
 
 
 def make_records(
@@ -71,7 +71,7 @@ def make_records(
 
 def snapshot(
     model: nn.Module,
-    emas: Mapping[str, SiT],
+    emas: Mapping[str, nn.Module],
     optimizer: dict[str, Any] | None,
     scaler: torch.amp.GradScaler | None = None,
     guard: dict[str, torch.Tensor] | None = None,
@@ -80,7 +80,7 @@ def snapshot(
 
     Args:
         model: the trained module, not wrapped by DDP.
-        emas: the EMAs by name, such as "ema".
+        emas: the EMAs by name, the first one of the SiT, "ema".
         optimizer: its state; `None` leaves `optimizer.pt` out (such a checkpoint can be sampled from, not resumed).
         scaler: of float16 training.
         guard: what else the next step depends on.
@@ -261,12 +261,14 @@ def verify_checkpoint(directory: str | Path) -> dict[str, Any]:
 def load_checkpoint(
     directory: str | Path,
     model: nn.Module,
-    emas: Mapping[str, SiT],
+    emas: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None = None,
     verify: bool = True,
 ) -> dict[str, torch.Tensor] | None:
     """Put a checkpoint's values into the training objects, in place; gives what `snapshot` was given as `guard`.
+
+    Older code kept no EMAs of heads: they begin with the trained ones.
 
     Every file's digest is compared before any of the objects is changed, unless `verify` says that it just has been.
 
@@ -275,16 +277,22 @@ def load_checkpoint(
     """
     directory = Path(directory)
     state = read_state(directory)
-    networks = {"model": model, **emas}
+    late = [name for name in emas if name.startswith(HEADS) and f"{name}.safetensors" not in state["digests"]]
+    networks = {"model": model, **{name: ema for name, ema in emas.items() if name not in late}}
     names = [*(f"{name}.safetensors" for name in networks), "optimizer.pt"]
     *files, optimizer_file = (verified_file(directory, name, state) if verify else directory / name for name in names)
     for network, file in zip(networks.values(), files, strict=True):
         load_weights(network, file)
+    for name in late:
+        emas[name].load_state_dict(model.heads.state_dict(), strict=False)
+    if late and not (dist.is_initialized() and dist.get_rank()):
+        print(f"{directory} has no EMA of the alignment's head: it begins with the trained head", flush=True)
     try:
         saved = torch.load(optimizer_file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"damaged checkpoint: cannot read {optimizer_file}; use an older one") from error
     optimizer.load_state_dict(saved["optimizer"])
+    fix_loaded_state(optimizer)
     if scaler is not None and saved["scaler"] is not None:
         scaler.load_state_dict(saved["scaler"])
     return saved["guard"]

@@ -7,6 +7,7 @@ combined to one of another width after training (Section 3.2): `analysis/posthoc
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from models.load import HEADS
 from runtime.files import write_atomically
 from training.config import TrainConfig
 
@@ -95,3 +97,13 @@ class EMAUpdater:
             torch._foreach_lerp_(parameters, self.weights, 1 - decay(step))
         for buffer, current in self.buffers:
             buffer.copy_(current)
+
+
+def with_heads(
+    emas: Mapping[str, nn.Module], sit: nn.Module, heads: nn.ModuleDict, config: TrainConfig
+) -> tuple[dict[str, nn.Module], EMAUpdater]:
+    """The EMAs of `sit` and, beside each, that of `heads`, by names with `HEADS` (none of no heads); their updater."""
+    copies = {name: copy.deepcopy(heads).eval().requires_grad_(False) for name in emas}
+    pairs = [nn.ModuleList(pair) for pair in zip(emas.values(), copies.values(), strict=True)]
+    updater = EMAUpdater(pairs, nn.ModuleList([sit, heads]), decays(config).values())
+    return {**emas, **{HEADS + name: copied for name, copied in copies.items() if len(heads)}}, updater

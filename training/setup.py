@@ -33,10 +33,10 @@ from runtime.loading import loading
 from runtime.seeding import block_generator, step_generator
 from training.checkpoint import CheckpointWriter, load_checkpoint, make_records
 from training.config import TrainConfig, settings_by
-from training.ema import EMAUpdater, decays
+from training.ema import EMAUpdater, decays, with_heads
 from training.finetune import check_sources, initial_weights, load_init_weights
 from training.nonfinite import StepGuard
-from training.optimizer import fix_loaded_state, make_optimizer
+from training.optimizer import make_optimizer
 from training.preemption import ignore_signals
 from training.run_dir import find_resume_checkpoint, lock_run_dir, resumed_config
 
@@ -52,7 +52,7 @@ class Run:
     loader: DataLoader
     model: torch.nn.Module  # AlignedSiT, wrapped by DDP when there are several processes
     sit: SiT  # the backbone inside `model`
-    emas: dict[str, SiT]  # by name; grids and methods use the first, "ema"
+    emas: dict[str, torch.nn.Module]  # by name; grids and methods use the first SiT, "ema"; those of heads beside
     ema_updater: EMAUpdater
     optimizer: torch.optim.Optimizer
     guard: StepGuard
@@ -129,6 +129,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     sit.checkpoint_every = config.grad_checkpoint
     methods = build_methods(config, store, sit, emas["ema"], accelerator)
     model = AlignedSiT(sit, make_heads(config, methods)).to(accelerator.device)
+    emas, updater = with_heads(emas, sit, guide_heads(model, methods), config)
     if config.compile:
         compile_each([*sit.blocks, *model.heads.values()])
 
@@ -138,7 +139,6 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     guard = StepGuard(terms, accelerator.device, config.spike_factor, config.skip_spikes)
     if checkpoint:
         guard.load_state_dict(load_checkpoint(checkpoint, model, emas, optimizer, accelerator.scaler, verify=False))
-        fix_loaded_state(optimizer)
         accelerator.print(f"resuming from {checkpoint}")
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it is where the model is
 
@@ -154,7 +154,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
         accelerator.prepare(model),
         sit,
         emas,
-        EMAUpdater(emas.values(), sit, decays(config).values()),
+        updater,
         optimizer,
         guard,
         Interpolant(config.path_type, config.prediction),
@@ -336,6 +336,12 @@ def make_heads(
             torch.manual_seed(step_generator(config.seed, 0, f"head {term}").initial_seed())
             heads[term] = ((depth, *terms.also), terms.make_head())
     return heads
+
+
+def guide_heads(model: AlignedSiT, methods: dict[str, AlignmentTerms]) -> torch.nn.ModuleDict:
+    """The heads that can guide sampling, by term."""
+    terms = [term for name in methods if METHODS[name].guides for term in methods[name].term_names(name)]
+    return torch.nn.ModuleDict({term: model.heads[term] for term in terms})
 
 
 def start_records(
