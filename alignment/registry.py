@@ -6,14 +6,8 @@ from __future__ import annotations
 from alignment import dispersive, ig, layersync, repa, sra, vae
 from alignment.terms import AlignmentMethod
 
-METHODS: dict[str, AlignmentMethod] = {
-    "vae": vae.METHOD,
-    "repa": repa.METHOD,
-    "sra": sra.METHOD,
-    "layersync": layersync.METHOD,
-    "ig": ig.METHOD,
-    "dispersive": dispersive.METHOD,
-}
+METHODS: dict[str, AlignmentMethod] = {"vae": vae.METHOD, "repa": repa.METHOD, "sra": sra.METHOD}
+METHODS |= {"layersync": layersync.METHOD, "ig": ig.METHOD, "dispersive": dispersive.METHOD}
 
 
 def parse_align(align: str) -> list[str]:

@@ -129,9 +129,8 @@ def terms_by_settings(
     """The terms of a method whose settings are `<prefix>_depth`, `_weight`, `_schedule`, unless it is given
     `_objective`, and, it may be, `_normalize`."""
     per_sample = getattr(context.settings, f"{prefix}_normalize", None) == "sample"
-    depths, weight, schedule = (
-        getattr(context.settings, f"{prefix}_{name}") for name in ("depth", "weight", "schedule")
-    )
+    names = "depth weight schedule".split()
+    depths, weight, schedule = (getattr(context.settings, f"{prefix}_{name}") for name in names)
     objective = objective or getattr(context.settings, f"{prefix}_objective")
     return AlignmentTerms(
         check_depths(context, depths, f"--{prefix}-depth"),

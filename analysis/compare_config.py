@@ -29,6 +29,7 @@ class CompareConfig:
     sampler: str = _images("ode-euler", "ODE by Euler or Heun, SDE by Euler-Maruyama", choices=SAMPLERS)
     num_steps: int = _images(50, "steps of the solver; 250 with sde for the paper's")
     guidance_scale: float = _images(4.0, "v_null + scale (v_class - v_null): 1 is no guidance")
+    head_guidance: float = _images(1.0, "experimental: as sample_ddp.py's; every run must have such a head; 1 is none")
     vae: str | None = _images(None, "hub name or path of the VAE, if not where the checkpoints say")
     mixed_precision: str | None = _images(None, "of the network; bf16 on a GPU, no on a CPU", choices=("no", "bf16"))
     device: str | None = _images(None, "a GPU if there is one, unless set", choices=("cpu", "cuda"))
@@ -38,4 +39,5 @@ class CompareConfig:
             raise ValueError("expected at least two runs, found one; a single one is for python -m analysis.report")
         check(self, "seed", self.seed >= 0, "at least 0")
         check(self, "num_steps", self.num_steps >= 1, "at least 1")
-        check(self, "guidance_scale", math.isfinite(self.guidance_scale), "a finite number")
+        for name in ("guidance_scale", "head_guidance"):
+            check(self, name, math.isfinite(getattr(self, name)), "a finite number")

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from analysis.compare_config import CompareConfig
+from diffusion.guidance import HeadGuidance
 from diffusion.interpolant import Interpolant
-from models.load import has_null_class, load_sit
+from models.load import guide_head, has_null_class, load_head, load_sit
 from models.sit import SiT
 from models.vae import check_vae, load_vae
 from reporting.runs import Run
@@ -85,7 +86,11 @@ def draw_images(
 
     solver = config.sampler, config.num_steps, Interpolant(info["path_type"], info["prediction"])
     autocast = torch.bfloat16 if choose_precision(config, device) == "bf16" else None
-    z = sample_latents(sit, y, noise, *solver, config.guidance_scale, autocast=autocast, time_shift=info["time_shift"])
+    head = None
+    if config.head_guidance != 1:
+        head = HeadGuidance(load_head(sit, info), config.head_guidance, guide_head(info)[2], solver[-1])
+    more = {"autocast": autocast, "time_shift": info["time_shift"], "head": head}
+    z = sample_latents(sit, y, noise, *solver, config.guidance_scale, **more)
     images, finite = decode_latents(vae, z, info["scale"])
     if not finite.all():
         hint = "fix: --mixed-precision no, or a lower --guidance-scale"
@@ -119,8 +124,9 @@ def draw_all(config: CompareConfig, runs: list[Run]) -> tuple[Figure, dict[str, 
     names = info["class_names"]
     heads = [names[label] if label < len(names) else str(label) for label in labels]
     recipe = f"seed {config.seed}, {config.sampler} {config.num_steps} steps, guidance {config.guidance_scale:g}"
+    recipe += f", head guidance {config.head_guidance:g}" if config.head_guidance != 1 else ""
     record = {"steps": steps, "classes": labels, "device": device.type}
-    record |= {name: getattr(config, name) for name in "seed sampler num_steps guidance_scale".split()}
+    record |= {name: getattr(config, name) for name in "seed sampler num_steps guidance_scale head_guidance".split()}
     record |= {"mixed_precision": choose_precision(config, device), "checkpoint_digests": digests}
     return compose(rows, texts, heads, f"the same noise and classes in each column\n{recipe}"), record
 

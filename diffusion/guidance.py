@@ -41,17 +41,8 @@ class HeadGuidance:
     path: Interpolant
 
     def holds(self, t: float) -> bool:
-        low, high = self.interval
-        return (
-            self.scale != 1
-            and low - ROUNDING <= t <= high + ROUNDING
-            and (t > ROUNDING or self.network.predicts_velocity)
-        )
-
-    def velocity(self, x: Tensor, t: float, output: Tensor, predicted: Tensor) -> Tensor:  # (N, C, H, W) each -> same
-        v = self.path.predicted_velocity(output, x, t)
-        v_mid = predicted if self.network.predicts_velocity else self.path.velocity_towards(predicted, x, t)
-        return v_mid + self.scale * (v - v_mid)
+        low, high = self.interval[0] - ROUNDING, self.interval[1] + ROUNDING
+        return self.scale != 1 and low <= t <= high and (t > ROUNDING or self.network.predicts_velocity)
 
 
 def guided_velocity(
@@ -114,8 +105,10 @@ def guided_velocity(
         with torch.autocast(x.device.type, autocast) if autocast else nullcontext():
             if model is guide or head is None or not head.holds(t):
                 return interpolant.predicted_velocity(model(x.float(), times, y).double(), x, t)
-            v, predicted = head.network(x.float(), times, y)
-        return head.velocity(x.double(), t, v.double(), predicted.double())
+            v, v_mid = (f.double() for f in head.network(x.float(), times, y))
+        v = interpolant.predicted_velocity(v, x, t)
+        v_mid = v_mid if head.network.predicts_velocity else head.path.velocity_towards(v_mid, x.double(), t)
+        return v_mid + head.scale * (v - v_mid)
 
     def velocity(x: Tensor, t: float, gate: float | None = None) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
         gate = t if gate is None else gate

@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sample_ddp
+from analysis import compare
+from analysis.compare_config import CompareConfig
+from analysis.side_by_side import draw_images
 from diffusion.guidance import HeadGuidance, guided_velocity
 from diffusion.interpolant import PATHS, Interpolant
 from models import load
@@ -18,6 +21,7 @@ from models.aligned import HeadedSiT
 from models.load import load_head, load_sit
 from models.projector import Projector
 from models.sit import FinalLayer, unpatchify
+from models.vae import load_vae
 from runtime.files import read_checksummed_json, to_checksummed_json
 from sampling.generator import block_noise, sample_latents
 from tests.stores import make_store, make_vae
@@ -276,6 +280,26 @@ def test_a_sweep_draws_each_scale_as_alone(trained, tmp_path):
     draw(trained["ig"], tmp_path / "alone", **alone, head_guidance=1.3, head_guidance_interval=(0.25, 1.0))
     found = tmp_path / "sweep" / "ig-0000003-sde2-cfg2-head1.3-t0.25-1-seed0-n16"
     assert (found / "samples.npz").read_bytes() == (tmp_path / "alone" / "samples.npz").read_bytes()
+
+
+def test_a_comparison_draws_what_sampling_draws(trained, tmp_path, capsys):
+    flags = SET | {"head_guidance": 1.5, "sampler": "ode-euler", "per_proc_batch_size": 16}
+    images, labels = draw(trained["vae"], tmp_path / "samples", **flags)
+    runs = [str(trained[name]) for name in ("vae", "ig", "none")]
+    settings = {"guidance_scale": 1.5, "num_steps": 3, "head_guidance": 1.5, "mixed_precision": "no"}
+    config = CompareConfig(tuple(runs[:2]), **settings)
+    sit, info = load_sit(trained["vae"])
+    vae = load_vae(info["vae"])
+    found = draw_images(sit, info, vae, labels.tolist(), config, torch.device("cpu")).numpy()
+    assert np.array_equal(found, images)
+    flags = ["--num-steps", "2", "--head-guidance", "1.5", "--device", "cpu"]
+    compare.main([*runs[:2], *flags, "--output-dir", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["images"]["head_guidance"] == 1.5
+    with pytest.raises(ValueError, match=r"--head-guidance: expected a head that can guide in .*none"):
+        compare.main([*runs[1:], *flags, "--output-dir", str(tmp_path / "refused")])
+    assert not (tmp_path / "refused").exists()
+    with pytest.raises(ValueError, match="--head-guidance: expected a finite number"):
+        CompareConfig(tuple(runs[:2]), head_guidance=float("nan"))
 
 
 @pytest.mark.parametrize(

@@ -325,9 +325,7 @@ def build_sit(config: TrainConfig, store: LatentDataset, source: tuple[SiT, dict
     return sit
 
 
-def make_heads(
-    config: TrainConfig, methods: dict[str, AlignmentTerms]
-) -> dict[str, tuple[tuple[int, ...], torch.nn.Module]]:
+def make_heads(config: TrainConfig, methods: dict[str, AlignmentTerms]) -> dict[str, tuple[tuple, torch.nn.Module]]:
     """Head of each term of the loss, by name, behind the depths of what it takes; its weights depend on seed and
     name alone."""
     heads = {}
