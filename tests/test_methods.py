@@ -605,7 +605,8 @@ def test_two_processes_train_every_method_as_one_does(data, repa, tmp_path):
     assert done.returncode == 0, done.stderr
     for row, other in zip(alone, read_log(tmp_path / "two" / "run"), strict=True):
         for name in ("loss", "velocity", "grad_norm", *(f"align_{name}" for name in METHODS)):
-            assert other[name] == pytest.approx(row[name], rel=1e-5)
+            # LayerSync begins at 0: at the zero initialisation blocks are identities.
+            assert other[name] == pytest.approx(row[name], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -615,7 +616,8 @@ def test_compiled_methods_equal_eager_ones(data, repa, tmp_path):
     compiled = read_log(run(data, tmp_path / "compiled", compile=True, **options))
     for row, other in zip(eager, compiled, strict=True):
         for name in ("loss", "velocity", "grad_norm", *(f"align_{name}" for name in METHODS)):
-            assert other[name] == pytest.approx(row[name], rel=1e-5)
+            # LayerSync begins at 0: at the zero initialisation blocks are identities.
+            assert other[name] == pytest.approx(row[name], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.gpu
