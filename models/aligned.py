@@ -23,9 +23,7 @@ class AlignedSiT(nn.Module):
         super().__init__()
         self.sit = sit
         self.depths = {name: depth if isinstance(depth, tuple) else (depth,) for name, (depth, _) in heads.items()}
-        assert all(0 <= min(d) <= max(d) <= sit.config.depth and d[0] for d in self.depths.values()), (
-            "a depth outside the backbone"
-        )
+        assert all(0 < d[0] <= max(d) <= sit.config.depth for d in self.depths.values()), "a depth outside the backbone"
         self.heads = nn.ModuleDict({name: head for name, (_, head) in heads.items()})
 
     def forward(

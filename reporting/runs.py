@@ -33,6 +33,8 @@ RECIPE: dict[str, Callable[[Any], str]] = {
     "guidance_channels": lambda value: "" if value == "all" else f"on {value} channels",
     "autoguidance_digest": lambda value: f"autoguided by {value[:12]}",
     "time_shift": lambda value: "" if value == 1 else f"times shifted by {value:g}",
+    "head_guidance": lambda value: f"head guidance {value:g}",
+    "head_guidance_interval": lambda value: "by the head on t {:g} to {:g}".format(*value),
     "uint8_rule": lambda value: "pixels cut off" if value.startswith("floor(clamp(255") else "",
     "num_samples": lambda value: f"{value:,} images",
     "labels": lambda value: f"{value} labels",

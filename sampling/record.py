@@ -169,8 +169,9 @@ def resume(config: SampleConfig, given: Set[str], recorded: dict[str, Any]) -> S
     values = {name: recorded[name] for name in FLAGS}
     values |= {"guidance_scale": (recorded["guidance_scale"],), "per_proc_batch_size": str(recorded["batch_size"])}
     values["uint8_rule"] = next((name for name, rule in UINT8_RULES.items() if rule == recorded["uint8_rule"]), None)
-    values["head_guidance"] = (recorded["head_guidance"],) if recorded["head_guidance"] else None
-    values["head_guidance_interval"] = recorded["head_guidance_interval"]
+    values["head_guidance"] = None if recorded["head_guidance"] is None else (recorded["head_guidance"],)
+    if "head_guidance" not in given or config.head_guidance != (1,):
+        values["head_guidance_interval"] = recorded["head_guidance_interval"]
     if recorded["guidance_interval"]:
         values["guidance_low"], values["guidance_high"] = ((time,) for time in recorded["guidance_interval"])
     values["time_shift"] = recorded["time_shift"] and str(recorded["time_shift"])

@@ -260,6 +260,11 @@ def test_it_is_recorded_resumed_and_named(trained, tmp_path, capsys):
     sample_ddp.main(again)
     assert "is complete" in capsys.readouterr().out
     assert "head_guidance 1.5 -> 1.2" in refused(capsys, [*again, "--head-guidance", "1.2"])
+    assert "head_guidance 1.5 -> None" in refused(capsys, [*again, "--head-guidance", "1"])
+    flags["head_guidance"] = 0.0  # the head alone; the number counts as one that was given
+    draw(trained["vae"], tmp_path / "zero", **flags)
+    sample_ddp.main(["--checkpoint", str(trained["vae"]), "--output-dir", str(tmp_path / "zero")])
+    assert "is complete" in capsys.readouterr().out
     assert "head_guidance None -> 1.2" in refused(
         capsys, ["--checkpoint", trained["vae"], "--output-dir", tmp_path / "none", "--head-guidance", 1.2]
     )

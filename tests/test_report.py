@@ -439,6 +439,8 @@ def test_samples_of_older_records_are_compared_with_newer_ones(tmp_path):
         ("rtol", 1e-3, "rtol 0.001"),
         ("guidance_channels", "3", "on 3 channels"),
         ("autoguidance_digest", "ab" * 32, "autoguided by abababababab"),
+        ("head_guidance", 1.2, "head guidance 1.2"),
+        ("head_guidance_interval", (0.1, 1.0), "by the head on t 0.1 to 1"),
         ("uint8_rule", "floor(clamp(255 * (x + 1) / 2, 0, 255))", "pixels cut off"),
     ):
         other = dataclasses.replace(two, settings=two.settings | {name: value})
