@@ -64,6 +64,7 @@ class VAESettings:
         "none",
         f"spatial: {_NORMALIZE}; sample: prediction and target to mean 0 and std 1 over all numbers of an image each",
         choices=("none", "spatial", "sample"),
+        bare="spatial",
         record=_SPATIAL,
     )
 

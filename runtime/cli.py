@@ -33,6 +33,7 @@ def flag(
     choices: Sequence | None = None,
     metavar: str | None = None,
     positional: bool = False,
+    bare: str | None = None,
     on_resume: str = "fixed",
     record: Field | None = None,
 ) -> Any:
@@ -45,12 +46,13 @@ def flag(
         group: heading under which `--help` lists the flag.
         aliases: other spellings, such as "--proj-coeff".
         choices: the allowed values.
+        bare: value of the flag without one, where it once was a switch.
         positional: it may also be given without its name, before all flags: `program a b --other 1`.
         on_resume: whether the setting may be changed on resume: "fixed", "announced" or "free".
         record: how records that lack the field, or have it in an older form, are read; by default they have `default`.
     """
     metadata = {"help": help, "group": group, "aliases": aliases, "choices": choices, "metavar": metavar}
-    metadata |= {"positional": positional, "on_resume": on_resume, "record": record}
+    metadata |= {"positional": positional, "bare": bare, "on_resume": on_resume, "record": record}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -222,7 +224,8 @@ def _argument(field: dataclasses.Field, hint: Any) -> dict:
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)
         return common | {"type": inner[0], "nargs": "+" if inner[-1] is Ellipsis else len(inner)}
-    return common | {"type": hint}
+    bare = field.metadata["bare"]
+    return common | {"type": hint} | ({"nargs": "?", "const": bare} if bare else {})
 
 
 def _without_none(hint: Any) -> Any:

@@ -343,7 +343,7 @@ def test_what_has_no_head_that_can_guide_is_refused(data, trained, tmp_path, cap
     without_heads(old)
     assert "its EMA was not kept by older code: resume the run" in line(old)
     for name, changes in {
-        "--align-normalize": {"align_normalize": True},
+        "--align-normalize": {"align_normalize": "spatial"},
         "cosine": {"align_objective": "cosine"},
     }.items():
         folder = run(data, tmp_path, exp_name=name.strip("-"), max_train_steps=1, **changes)

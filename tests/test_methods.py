@@ -28,6 +28,7 @@ from models import load
 from models.encoders import ENCODERS, load_encoder
 from models.sit import FinalLayer, SiT
 from reporting.log import read_log
+from runtime import cli
 from runtime.files import fields_of, read_checksummed_json, sha256, to_checksummed_json
 from runtime.seeding import step_generator
 from tests.stores import ENCODER, make_encoder, make_store
@@ -653,3 +654,10 @@ def test_weights_of_something_else_are_not_an_encoder(tmp_path):
     save_file({"unrelated": torch.zeros(3)}, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="--repa-weights: expected weights of"):
         load_encoder(ENCODER, 2, tmp_path / "w.safetensors")
+
+
+def test_the_older_switch_is_still_one():
+    words = ["--data-dir", "x", "--align-normalize"]
+    assert cli.parse(TrainConfig, words).align_normalize == "spatial"
+    assert cli.parse(TrainConfig, [*words, "sample", "--seed", "1"]).align_normalize == "sample"
+    assert cli.parse(TrainConfig, [*words, "--seed", "1"]).align_normalize == "spatial"
