@@ -396,9 +396,16 @@ def test_fine_tuning_warns_of_another_scale(data, tmp_path):
 
 def test_what_may_change_on_resume_does_not_change_the_result(data, tmp_path, plain):
     folder = run(
-        data, tmp_path, label_dropout=0.5, num_workers=2, checkpointing_steps=1, keep_last=1, keep_every=0, log_every=2,
+        data,
+        tmp_path,
+        label_dropout=0.5,
+        num_workers=2,
+        checkpointing_steps=1,
+        keep_last=1,
+        keep_every=0,
+        log_every=2,
         resolution=32,
-    )  # fmt: skip
+    )
     assert same(weights(folder), plain[0])
     assert same(weights(folder, "ema"), plain[1])
 
@@ -406,12 +413,18 @@ def test_what_may_change_on_resume_does_not_change_the_result(data, tmp_path, pl
 def test_every_flag_is_either_free_on_resume_or_tested_above():
     elsewhere = {
         "allow_tf32",  # shows on a GPU alone
-        "skip_spikes", "spike_factor",  # below
-        "lr_decay_steps", "lr_final", "ema_power",  # in test_optimizer.py, test_posthoc_ema.py
-        "time_mean", "time_std",  # below
-        "repa_final_norm", "init_classes",  # in test_methods.py, test_first_day.py
-        "preset", "repa_normalize_share",  # in test_field.py
-    }  # fmt: skip
+        "skip_spikes",
+        "spike_factor",  # below
+        "lr_decay_steps",
+        "lr_final",
+        "ema_power",  # in test_optimizer.py, test_posthoc_ema.py
+        "time_mean",
+        "time_std",  # below
+        "repa_final_norm",
+        "init_classes",  # in test_methods.py, test_first_day.py
+        "preset",
+        "repa_normalize_share",  # in test_field.py
+    }
     tested = set(CHANGES) | set(JOINT_CHANGES) | set(OWN_CHANGES)
     assert {field.name for field in dataclasses.fields(TrainConfig)} == (
         settings_by(on_resume="free") | tested | elsewhere
@@ -474,9 +487,14 @@ def test_grids_show_the_average_from_the_same_noise_each_time(tmp_path):
     vae = make_vae(tmp_path / "vae")
     make_store(tmp_path / "store", vae=vae)
     folder = run(
-        tmp_path / "store", tmp_path, ema_decay=1.0, sampling_steps=1, sampling_count=4, sampling_num_steps=2,
+        tmp_path / "store",
+        tmp_path,
+        ema_decay=1.0,
+        sampling_steps=1,
+        sampling_count=4,
+        sampling_num_steps=2,
         max_train_steps=2,
-    )  # fmt: skip
+    )
     first, second = (np.asarray(Image.open(folder / "samples" / f"{step:07d}.png")) for step in (1, 2))
     assert first.shape == (2 * 32 + 6, 2 * 32 + 6, 3)
     assert np.array_equal(first, second)  # an average that never moves
