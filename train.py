@@ -193,9 +193,9 @@ def fit(run: Run) -> None:
         # One step.
         micro_batches = [
             {name: values.to(device, non_blocking=True) for name, values in batch.items()}
-            for batch in itertools.islice(batches, config.gradient_accumulation_steps)
+            for batch in itertools.islice(batches, run.accumulation)
         ]
-        if len(micro_batches) < config.gradient_accumulation_steps:
+        if len(micro_batches) < run.accumulation:
             accelerator.print(f"stopped by {stop.received.name} while waiting for data; the same command resumes")
             sys.exit(exit_code(stop.received))
         train_step(run, index, micro_batches)

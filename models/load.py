@@ -40,7 +40,8 @@ STATE = {  # the fields of state.json, which training/checkpoint.py writes
     "config": Field(None),  # a record of its own: training/config.py
     "classes_present": Field(None),  # those that had images in training; not known of older runs
     **dict.fromkeys(
-        "data_digest initial repa_digest processes tracker_run versions git_revision machine date".split(), Field(None)
+        "data_digest initial repa_digest processes micro_batch tracker_run versions git_revision machine date".split(),
+        Field(None),
     ),
 }
 SD_VAE_SCALE = 0.18215  # the scale that the SD-VAE's config records, and that SiT, REPA and SRA train with

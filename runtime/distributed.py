@@ -60,16 +60,22 @@ def run_on_rank0(compute: Callable[[], Any]) -> Any:
     return message[0]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """What each rank has, in the order of ranks."""
+    found = [value]
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value)
+    return found
+
+
 def check_ranks_agree(values: dict[str, Any]) -> None:
     """Compare what each rank has found by itself, such as on a disk of its own.
 
     Raises:
         ValueError: one has found something else than rank 0; the message names which of the `values`.
     """
-    if not dist.is_initialized():
-        return
-    found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, values)
+    found = gather_objects(values)
     for rank, other in enumerate(found):
         for name, value in other.items():
             if value != found[0][name]:

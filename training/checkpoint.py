@@ -38,7 +38,11 @@ from training.optimizer import fix_loaded_state
 
 
 def make_records(
-    config: TrainConfig, store: LatentDataset, initial: dict[str, Any] | None, repa_digest: str | None, processes: int
+    config: TrainConfig,
+    store: LatentDataset,
+    initial: dict[str, Any] | None,
+    repa_digest: str | None,
+    micro_batch: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What goes into a run's `config.json`, and into `state.json` of its checkpoints beside step and digests.
 
@@ -49,7 +53,7 @@ def make_records(
         store: the latents. Its digest is the one by which it is known again.
         initial: `source`, `read_as` and `digest` of the weights that the run began with; None if they were random.
         repa_digest: SHA-256 of the file of `--repa-weights`.
-        processes: how many train now.
+        micro_batch: as `training/memory.py` has chosen it, for how many processes.
     """
     settings = {"config": dataclasses.asdict(config), "data_digest": store_digest(store.meta)}
     before = {}
@@ -57,7 +61,8 @@ def make_records(
         before = json.loads((config.run_dir / "config.json").read_text())
     # The tracker's run is made with the run's directory, and resumed with it.
     tracker_run = before.get("tracker_run") or uuid.uuid4().hex
-    settings |= {"initial": initial, "repa_digest": repa_digest, "processes": processes, "tracker_run": tracker_run}
+    settings |= {"initial": initial, "repa_digest": repa_digest, "tracker_run": tracker_run}
+    settings |= {"processes": micro_batch["processes"], "micro_batch": micro_batch}
     settings |= provenance.stamp()
     groups: dict[str, list[str]] = {}
     for field in dataclasses.fields(config):

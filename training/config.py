@@ -111,6 +111,11 @@ class TrainConfig(AlignmentSettings, RunSettings):
 
     batch_size: int = _optimisation(256, "images per step, over all processes and accumulation steps")
     gradient_accumulation_steps: int = _optimisation(1, "micro-batches per step and process", on_resume="free")
+    micro_batch: str = _optimisation(
+        "auto",
+        "images of a process at once, in as many micro-batches as that makes; auto: the most that a GPU has memory for",
+        on_resume="free",
+    )
     max_train_steps: int = _optimisation(400_000, "steps in all", on_resume="free")
     epochs: int | None = _optimisation(
         None, "the same in passes over the data; if both are given, the fewer steps", on_resume="free"
@@ -195,6 +200,8 @@ class TrainConfig(AlignmentSettings, RunSettings):
         for names, holds, expected in _RANGES:
             for name in names.split():
                 check(self, name, holds(getattr(self, name)), expected)
+        number = self.micro_batch.isdecimal() and int(self.micro_batch) >= 1
+        check(self, "micro_batch", self.micro_batch == "auto" or number, "auto or a number of at least 1")
         if self.lr_schedule in ("cosine", "linear"):
             end, begin = self.lr_decay_steps or self.max_train_steps, self.lr_warmup_steps
             if end <= begin:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import functools
 import os
 import warnings
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from training.checkpoint import CheckpointWriter, load_checkpoint, make_records
 from training.config import TrainConfig, settings_by
 from training.ema import EMAUpdater, decays, with_heads
 from training.finetune import check_sources, initial_weights, load_init_weights
+from training.memory import choose_micro_batch
 from training.nonfinite import StepGuard
 from training.optimizer import make_optimizer
 from training.preemption import ignore_signals
@@ -50,6 +52,7 @@ class Run:
     store: LatentDataset
     sampler: StepSampler
     loader: DataLoader
+    accumulation: int  # micro-batches of a step
     model: torch.nn.Module  # AlignedSiT, wrapped by DDP when there are several processes
     sit: SiT  # the backbone inside `model`
     emas: dict[str, torch.nn.Module]  # by name; grids and methods use the first SiT, "ema"; those of heads beside
@@ -116,10 +119,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     store = LatentDataset(config.data_dir, images="images" in needs_of(config.align))
     config = resolve(epochs_to_steps(config, given, len(store)), store, torch.cuda.is_available())
     check_data(config, store, checkpoint, state)
-
-    # The processes, and what each reads.
     accelerator = make_accelerator(config)
-    sampler, loader = make_loader(config, store, accelerator, state["step"] if state else 0)
     vae = load_grid_vae(config, store, accelerator) if config.sampling_steps else None
 
     # The networks. SiT, EMAs and heads are functions of the seed or of --init-from, until a checkpoint is loaded.
@@ -140,17 +140,24 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     if checkpoint:
         guard.load_state_dict(load_checkpoint(checkpoint, model, emas, optimizer, accelerator.scaler, verify=False))
         accelerator.print(f"resuming from {checkpoint}")
+
+    # What each process reads, in micro-batches that fit.
+    heads, found = functools.partial(make_heads, config, methods), state and state["micro_batch"]
+    micro_batch = choose_micro_batch(config, accelerator, model, emas, optimizer, heads, found)
+    accumulation = micro_batch["micro_batches"]
+    sampler, loader = make_loader(config, store, accelerator, accumulation, state["step"] if state else 0)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it is where the model is
 
     # Records: lock, config.json, log, trackers.
     initial = initial_weights(source, state, config, accelerator, sit.config.latent_size)
-    record, state = make_records(config, store, initial, check_sources(config, state), accelerator.num_processes)
+    record, state = make_records(config, store, initial, check_sources(config, state), micro_batch)
     return Run(
         config,
         accelerator,
         store,
         sampler,
         loader,
+        accumulation,
         accelerator.prepare(model),
         sit,
         emas,
@@ -258,7 +265,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def make_loader(
-    config: TrainConfig, store: LatentDataset, accelerator: Accelerator, start: int
+    config: TrainConfig, store: LatentDataset, accelerator: Accelerator, accumulation: int, start: int
 ) -> tuple[StepSampler, DataLoader]:
     """The order of this rank's micro-batches from step `start` on, and their DataLoader."""
     sampler = StepSampler(
@@ -267,7 +274,7 @@ def make_loader(
         config.seed,
         accelerator.process_index,
         accelerator.num_processes,
-        config.gradient_accumulation_steps,
+        accumulation,
         start_step=start,
         flip=config.random_flip,
     )
@@ -412,12 +419,12 @@ def describe(run: Run) -> str:
         return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f}M"
 
     heads = run.accelerator.unwrap_model(run.model).heads
-    micro_batch = config.batch_size // processes // config.gradient_accumulation_steps
+    micro_batch = config.batch_size // processes // run.accumulation
     lines = [
         f"run      {config.run_dir}",
         f"data     {config.data_dir}: {len(store):,} images, {store.num_classes} classes, latents {store.latent_shape}",
         f"model    {config.model} {millions(run.sit)} parameters, path {config.path_type}",
-        f"batch    {config.batch_size} = {processes} processes x {config.gradient_accumulation_steps} micro-batches "
+        f"batch    {config.batch_size} = {processes} processes x {run.accumulation} micro-batches "
         f"x {micro_batch}; {len(store) / config.batch_size:.1f} steps an epoch",
         f"device   {run.accelerator.device}, precision {config.mixed_precision}, "
         f"{'compiled' if config.compile else 'not compiled'}",
