@@ -134,12 +134,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
         compile_each([*sit.blocks, *model.heads.values()])
 
     # What changes with every step.
-    optimizer = make_optimizer(config, model.parameters())
-    terms = ["loss", "velocity", *(f"align_{term}" for term in model.heads), "grad_norm"]
-    guard = StepGuard(terms, accelerator.device, config.spike_factor, config.skip_spikes)
-    if checkpoint:
-        guard.load_state_dict(load_checkpoint(checkpoint, model, emas, optimizer, accelerator.scaler, verify=False))
-        accelerator.print(f"resuming from {checkpoint}")
+    optimizer, guard = make_optimizer_and_guard(config, model, emas, accelerator, checkpoint)
 
     # What each process reads, in micro-batches that fit.
     heads, found = functools.partial(make_heads, config, methods), state and state["micro_batch"]
@@ -182,6 +177,19 @@ def epochs_to_steps(config: TrainConfig, given: frozenset[str] | None, images: i
     steps = max(1, int(config.epochs * images / config.batch_size))
     both = given is None or "max_train_steps" in given
     return dataclasses.replace(config, max_train_steps=min(steps, config.max_train_steps) if both else steps)
+
+
+def make_optimizer_and_guard(
+    config: TrainConfig, model: AlignedSiT, emas: dict[str, SiT], accelerator: Accelerator, checkpoint: Path | None
+) -> tuple[torch.optim.Optimizer, StepGuard]:
+    """Both as they are before the next step; with a checkpoint its values are put into networks and EMAs, too."""
+    optimizer = make_optimizer(config, model.parameters())
+    terms = ["loss", "velocity", *(f"align_{term}" for term in model.heads), "grad_norm"]
+    guard = StepGuard(terms, accelerator.device, config.spike_factor, config.skip_spikes)
+    if checkpoint:
+        guard.load_state_dict(load_checkpoint(checkpoint, model, emas, optimizer, accelerator.scaler, verify=False))
+        accelerator.print(f"resuming from {checkpoint}")
+    return optimizer, guard
 
 
 def resolve(config: TrainConfig, store: LatentDataset, on_gpu: bool) -> TrainConfig:
