@@ -37,11 +37,13 @@ from reporting.report import write_report
 from runtime.loading import wait_for_batches, worker_errors
 from runtime.progress import Progress
 from runtime.seeding import block_generator, numpy_generator, step_generator
+from sampling.config import BLOCK
 from sampling.generator import decode_latents, sample_latents
 from training.checkpoint import snapshot
 from training.ema import save_snapshots
 from training.metrics import collect_metrics, log_metrics
 from training.optimizer import gather_state, learning_rate_at, release_process_group, set_learning_rate, skip_step_if
+from training.out_of_memory import draw_what_fits, saved_if_out_of_memory
 from training.preemption import StopRequest, exit_code
 from training.setup import Run, describe, setup, warn_of_scale, warn_of_settings
 
@@ -124,8 +126,8 @@ def apply_step(run: Run, skipped: Tensor) -> None:
     run.optimizer.zero_grad(set_to_none=True)
 
 
-def sample_grid(run: Run) -> Tensor:  # -> (count, R, R, 3) uint8
-    """Images of the EMA, from the same noise and classes at every step of the run."""
+def sample_grid(run: Run, images: int) -> Tensor:  # -> (images, R, R, 3) uint8
+    """The first images of a grid by the EMA, from the same noise and classes at every step of the run."""
     config, count, device = run.config, run.config.sampling_count, run.accelerator.device
     generator = block_generator(config.seed, 0, "grid", device)
     sit = run.ema.config
@@ -133,18 +135,22 @@ def sample_grid(run: Run) -> Tensor:  # -> (count, R, R, 3) uint8
     present = np.unique(run.store.labels)  # the model may know more classes
     classes = present[numpy_generator(config.seed, 0, "grid classes").permutation(len(present))]
     y = torch.from_numpy(classes).to(device).repeat(-(-count // len(classes)))[:count].sort().values
+    x, y = x[:images], y[:images]
     # Without dropped labels the null class was never trained: nothing to guide with.
     guidance = config.sampling_guidance if config.label_dropout else 1.0
     with run.accelerator.autocast():
         solver = "ode-euler", config.sampling_num_steps, run.interpolant
         shift = choose_shift(config.time_shift, x.shape[1:])
         z = sample_latents(run.ema, y, lambda: x, *solver, guidance, time_shift=shift)
-    return decode_latents(run.vae, z, run.scale)[0]
+    return decode_latents(run.vae, z, run.scale, block=BLOCK if images == count else images)[0]
 
 
 def log_samples(run: Run, step: int) -> None:
     """Draw the grid of this step and hand it to `samples/<step>.png` and the tracker. A full disk is a warning."""
-    images = sample_grid(run).permute(0, 3, 1, 2).float() / 255
+    images = draw_what_fits(run, functools.partial(sample_grid, run))
+    if images is None:
+        return
+    images = images.permute(0, 3, 1, 2).float() / 255
     grid = make_grid(images, nrow=round(len(images) ** 0.5), padding=2)
     directory = run.config.run_dir / "samples"
     try:
@@ -198,7 +204,8 @@ def fit(run: Run) -> None:
         if len(micro_batches) < run.accumulation:
             accelerator.print(f"stopped by {stop.received.name} while waiting for data; the same command resumes")
             sys.exit(exit_code(stop.received))
-        train_step(run, index, micro_batches)
+        with saved_if_out_of_memory(run, index):
+            train_step(run, index, micro_batches)
         if profile:
             profile.step()
         # Rank 0's clock alone says when a checkpoint is due; all ranks hear of it a step later.

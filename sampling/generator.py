@@ -85,20 +85,20 @@ def sample_latents(
 
 
 def decode_latents(
-    vae: AutoencoderKL, z: Tensor, scale: LatentScale, rule: str = UINT8_RULES["floor"]
+    vae: AutoencoderKL, z: Tensor, scale: LatentScale, rule: str = UINT8_RULES["floor"], block: int = BLOCK
 ) -> tuple[Tensor, Tensor]:
     """Images (N, R, R, 3) uint8 of latents (N, C, H, W); and which (N,) bool are finite as latents and in colour.
 
-    Always in blocks of `BLOCK` images, the last one padded: the decoder needs memory, and its rounding depends on the
+    Always in blocks of as many images, the last one padded: the decoder needs memory, and its rounding depends on the
     size of the batch. `rule` is that of `to_uint8`.
     """
     count = len(z)
-    z = torch.cat([z, z[-1:].expand(-count % BLOCK, *z.shape[1:])]).float()
+    z = torch.cat([z, z[-1:].expand(-count % block, *z.shape[1:])]).float()
     images, finite = [], []
-    for block in z.split(BLOCK):
-        x = decode(vae, block, scale)  # (BLOCK, 3, R, R)
+    for part in z.split(block):
+        x = decode(vae, part, scale)  # (block, 3, R, R)
         images.append(to_uint8(x, rule))
-        finite.append(block.isfinite().flatten(1).all(dim=1) & x.isfinite().flatten(1).all(dim=1))
+        finite.append(part.isfinite().flatten(1).all(dim=1) & x.isfinite().flatten(1).all(dim=1))
     return torch.cat(images)[:count], torch.cat(finite)[:count]
 
 

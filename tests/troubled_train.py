@@ -7,6 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
 import train
 from runtime import cli
 from training import checkpoint, run_dir, setup
@@ -26,4 +28,14 @@ if trouble == "sees no checkpoint" and rank == "1":
     run_dir.latest_valid_checkpoint = lambda directory: None
 if trouble == "other weights" and rank == "1":
     setup.read_state = lambda directory: read_state(directory) | {"digests": {"ema.safetensors": "0"}}
+if trouble.startswith("no memory") and rank in trouble.split():
+    compute, calls = train.training_loss, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return compute(*arguments)
+
+    train.training_loss = failing
 cli.run(train.main)

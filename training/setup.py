@@ -64,6 +64,7 @@ class Run:
     vae: torch.nn.Module | None  # decoder of the grids, on rank 0
     state: dict[str, Any]  # what every state.json holds
     writer: CheckpointWriter
+    grid_images: int  # as many as fit
     log: RunLog | None  # on rank 0, as the lock
     lock: Any
 
@@ -166,6 +167,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
         CheckpointWriter(
             config.run_dir, config.keep_last, config.keep_every, config.checkpointing_steps, config.timeout
         ),
+        config.sampling_count,
         *start_records(config, record, sampler.start_step, accelerator),
     )
 
