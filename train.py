@@ -44,6 +44,7 @@ from training.ema import save_snapshots
 from training.metrics import collect_metrics, log_metrics
 from training.optimizer import gather_state, learning_rate_at, release_process_group, set_learning_rate, skip_step_if
 from training.out_of_memory import draw_what_fits, saved_if_out_of_memory
+from training.plan import print_plan
 from training.preemption import StopRequest, exit_code
 from training.setup import Run, describe, setup, warn_of_scale, warn_of_settings
 
@@ -274,6 +275,8 @@ def start_profiler(config: TrainConfig) -> torch.profiler.profile:
 
 def main(argv: list[str] | None = None) -> None:
     config, given = cli.parse_given(TrainConfig, argv, __doc__)
+    if config.dry_run:
+        return print_plan(config, given)
     run = setup(config, given)
     if run.accelerator.is_main_process:
         warn_of_settings(run, given)

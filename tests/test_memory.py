@@ -3,6 +3,7 @@
 import functools
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,8 +37,9 @@ def data(tmp_path_factory):
 def count(name="SiT-S/2", latent_size=16, processes=1, on_gpu=False, **changes):
     config = TrainConfig(data_dir="x", resolution=256, **{"mixed_precision": "no", "sampling_steps": 0} | changes)
     sit = SiTConfig.from_name(name, latent_size, 4, 3)
+    machine = SimpleNamespace(num_processes=processes, device=torch.device("cuda" if on_gpu else "cpu"))
     heads = lambda: {"vae": (2, Projector(sit.hidden_size, sit.patch_dim))}  # noqa: E731
-    return memory.count_memory(config, sit, heads, processes, on_gpu), AlignedSiT(SiT(sit), heads()), config
+    return memory.count_memory(config, sit, heads, machine), AlignedSiT(SiT(sit), heads()), config
 
 
 @pytest.mark.parametrize("changes", [{}, {"mixed_precision": "bf16"}, {"grad_checkpoint": 2}])

@@ -52,6 +52,10 @@ class RunSettings:
         None, "whose file --init-from is, where it does not tell: sit, repa or sra", on_resume="free", metavar="PROJECT"
     )
     init_classes: str | None = _run(None, 'JSON file {"our class": "their class"}: rows that --init-from gives')
+    dry_run: bool = _run(
+        False, "say what would be trained and what it needs, check all files, and end", on_resume="free"
+    )
+    images_per_second: float | None = _run(None, "for the hours that --dry-run tells", on_resume="free")
     seed: int = _run(0, "seed of the initial weights and of every draw")
 
     model: str = _model("SiT-XL/2", "SiT-SIZE/PATCH: sizes Ti, S, B, L, XL; patches 1, 2, 4, 8")
@@ -93,6 +97,7 @@ _RANGES = (
         lambda value: value > 0,
         "more than 0",
     ),
+    ("images_per_second", lambda value: value is None or value > 0, "more than 0"),
     ("seed", lambda value: -(2**63) <= value < 2**64, "an integer in [-2**63, 2**64)"),
     ("time_shift", lambda value: value == "auto" or is_positive(value), "a number above 0, or auto"),
     ("time_mean", math.isfinite, "a finite number"),

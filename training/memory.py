@@ -66,19 +66,19 @@ class TrainingMemory:
         return max(fitting, default=0)
 
 
-def count_memory(config: TrainConfig, sit: SiTConfig, heads: Heads, processes: int, on_gpu: bool) -> TrainingMemory:
+def count_memory(config: TrainConfig, sit: SiTConfig, heads: Heads, accelerator: Accelerator) -> TrainingMemory:
     """What a step of this run needs.
 
     Args:
         config: with every None decided.
         sit: of the backbone. heads: makes the heads anew, as `AlignedSiT` takes them.
-        processes: that train.
-        on_gpu: there, autocast leaves the normalisations in float32.
+        accelerator: of the processes that train. On a GPU autocast leaves the normalisations in float32.
     """
+    processes = accelerator.num_processes
     with FakeTensorMode():
         model = AlignedSiT(SiT(sit), heads())
         low = config.mixed_precision != "no"
-        if low and on_gpu:
+        if low and accelerator.device.type == "cuda":
             for module in model.modules():
                 if isinstance(module, nn.LayerNorm):
                     module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
@@ -151,40 +151,39 @@ def memory_limit(device: torch.device, counted: int) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) + counted
 
 
+def held_bytes(model: AlignedSiT, emas: Mapping[str, SiT], optimizer: torch.optim.Optimizer) -> int:
+    """Of the states that `TrainingMemory` counts, those that are held already."""
+    held = [tensor for network in (model, *emas.values()) for tensor in (*network.parameters(), *network.buffers())]
+    return size(held) + size(v for values in local_optimizer(optimizer).state.values() for v in values.values())
+
+
 def choose_micro_batch(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    model: AlignedSiT,
-    emas: Mapping[str, SiT],
-    optimizer: torch.optim.Optimizer,
-    heads: Heads,
-    found: dict[str, Any] | None,
+    config: TrainConfig, accelerator: Accelerator, count: Callable[[], TrainingMemory], held: int, found: dict | None
 ) -> dict[str, Any]:
     """The "images" of a micro-batch and how many "micro_batches" a step has, the same on all ranks; with what they were
     chosen for, to be recorded.
 
     Args:
-        model, emas, optimizer: of the run, on their device.
-        heads: makes the heads of `model` anew.
+        count: counts the memory; called where the micro-batch is to be found.
+        held: bytes of it that are held already.
         found: the record of a run that is resumed: it holds for the same settings and machine.
 
     Raises:
         ValueError: the flag's number does not divide the batch, or not one image fits.
     """
     device, processes, least = accelerator.device, accelerator.num_processes, config.gradient_accumulation_steps
-    share = config.batch_size // (processes * least)
-    settings = {name: getattr(config, name) for name in DECIDES} | {"emas": len(emas), "processes": processes}
+    images = share = config.batch_size // (processes * least)
+    settings = {name: getattr(config, name) for name in DECIDES} | {"processes": processes}
+    settings["emas"] = len(decays(config))
     settings["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    held = [tensor for network in (model, *emas.values()) for tensor in (*network.parameters(), *network.buffers())]
-    held += [value for values in local_optimizer(optimizer).state.values() for value in values.values()]
-    limit, images = memory_limit(device, size(held)), share
+    limit = memory_limit(device, held)
     if config.micro_batch != "auto":
         images = int(config.micro_batch)
         divisor = f"a divisor of the {share} images that processes and accumulation steps leave of --batch-size"
         check(config, "micro_batch", share >= images and share % images == 0, divisor)
     elif limit is not None and share:
         same = found is not None and found.items() >= settings.items()
-        memory = count_memory(config, model.sit.config, heads, processes, device.type == "cuda") if not same else None
+        memory = None if same else count()
         images = min(gather_objects(found["images"] if same else memory.largest(share, limit)))
         if not images:
             needed = f"{memory.needed(1) / (1 - MARGIN) / GIB:.1f} GiB" if memory else "more"

@@ -36,7 +36,7 @@ from training.checkpoint import CheckpointWriter, load_checkpoint, make_records
 from training.config import TrainConfig, settings_by
 from training.ema import EMAUpdater, decays, with_heads
 from training.finetune import check_sources, initial_weights, load_init_weights
-from training.memory import choose_micro_batch
+from training.memory import choose_micro_batch, count_memory, held_bytes
 from training.nonfinite import StepGuard
 from training.optimizer import make_optimizer
 from training.preemption import ignore_signals
@@ -138,8 +138,9 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     optimizer, guard = make_optimizer_and_guard(config, model, emas, accelerator, checkpoint)
 
     # What each process reads, in micro-batches that fit.
-    heads, found = functools.partial(make_heads, config, methods), state and state["micro_batch"]
-    micro_batch = choose_micro_batch(config, accelerator, model, emas, optimizer, heads, found)
+    count = functools.partial(count_memory, config, sit.config, lambda: make_heads(config, methods), accelerator)
+    held = held_bytes(model, emas, optimizer)
+    micro_batch = choose_micro_batch(config, accelerator, count, held, state and state["micro_batch"])
     accumulation = micro_batch["micro_batches"]
     sampler, loader = make_loader(config, store, accelerator, accumulation, state["step"] if state else 0)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it is where the model is
