@@ -33,6 +33,7 @@ from runtime.files import full_disk_is_an_error, sha256, to_json, write_atomical
 from runtime.loading import loading
 from runtime.seeding import block_generator, step_generator
 from training.checkpoint import CheckpointWriter, load_checkpoint, make_records
+from training.compile_probe import compile_if_possible
 from training.config import TrainConfig, settings_by
 from training.ema import EMAUpdater, decays, with_heads
 from training.finetune import check_sources, initial_weights, load_init_weights
@@ -121,6 +122,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     config = resolve(epochs_to_steps(config, given, len(store)), store, torch.cuda.is_available())
     check_data(config, store, checkpoint, state)
     accelerator = make_accelerator(config)
+    config = compile_if_possible(config, given, accelerator.device)
     vae = load_grid_vae(config, store, accelerator) if config.sampling_steps else None
 
     # The networks. SiT, EMAs and heads are functions of the seed or of --init-from, until a checkpoint is loaded.
@@ -139,10 +141,9 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
 
     # What each process reads, in micro-batches that fit.
     count = functools.partial(count_memory, config, sit.config, lambda: make_heads(config, methods), accelerator)
-    held = held_bytes(model, emas, optimizer)
-    micro_batch = choose_micro_batch(config, accelerator, count, held, state and state["micro_batch"])
-    accumulation = micro_batch["micro_batches"]
-    sampler, loader = make_loader(config, store, accelerator, accumulation, state["step"] if state else 0)
+    held, found = held_bytes(model, emas, optimizer), state and state["micro_batch"]
+    micro_batch = choose_micro_batch(config, accelerator, count, held, found)
+    sampler, loader = make_loader(config, store, accelerator, micro_batch, state["step"] if state else 0)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it is where the model is
 
     # Records: lock, config.json, log, trackers.
@@ -154,7 +155,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
         store,
         sampler,
         loader,
-        accumulation,
+        sampler.accumulation,
         accelerator.prepare(model),
         sit,
         emas,
@@ -276,7 +277,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def make_loader(
-    config: TrainConfig, store: LatentDataset, accelerator: Accelerator, accumulation: int, start: int
+    config: TrainConfig, store: LatentDataset, accelerator: Accelerator, micro_batch: dict[str, Any], start: int
 ) -> tuple[StepSampler, DataLoader]:
     """The order of this rank's micro-batches from step `start` on, and their DataLoader."""
     sampler = StepSampler(
@@ -285,7 +286,7 @@ def make_loader(
         config.seed,
         accelerator.process_index,
         accelerator.num_processes,
-        accumulation,
+        micro_batch["micro_batches"],
         start_step=start,
         flip=config.random_flip,
     )
