@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion.interpolant import Interpolant
+from runtime.distributed import at_best_float64
 
 ROUNDING = 1e-9  # of a time that falls on an end of the interval: both ends belong to it
 Velocity = Callable[..., Tensor]  # (x (N, ...) float64, t) -> (N, ...); see `guided_velocity` for a third argument
@@ -104,10 +105,10 @@ def guided_velocity(
         times = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         with torch.autocast(x.device.type, autocast) if autocast else nullcontext():
             if model is guide or head is None or not head.holds(t):
-                return interpolant.predicted_velocity(model(x.float(), times, y).double(), x, t)
-            v, v_mid = (f.double() for f in head.network(x.float(), times, y))
-        v = interpolant.predicted_velocity(v, x, t)
-        v_mid = v_mid if head.network.predicts_velocity else head.path.velocity_towards(v_mid, x.double(), t)
+                return interpolant.predicted_velocity(at_best_float64(model(x.float(), times, y)), x, t)
+            v, v_mid = map(at_best_float64, head.network(x.float(), times, y))
+        v, x = interpolant.predicted_velocity(v, x, t), at_best_float64(x)
+        v_mid = v_mid if head.network.predicts_velocity else head.path.velocity_towards(v_mid, x, t)
         return v_mid + head.scale * (v - v_mid)
 
     def velocity(x: Tensor, t: float, gate: float | None = None) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)

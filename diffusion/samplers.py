@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffusion.guidance import Velocity, guided_velocity  # noqa: F401 (the public name is of this module)
 from diffusion.interpolant import Interpolant, shift_time
+from runtime.distributed import at_best_float64
 
 LINEAR = Interpolant("linear")
 DIFFUSIONS = {  # SiT's forms of w_t / 2, of (t, norm, path)
@@ -82,15 +83,15 @@ def sample_ode(
         ValueError: fewer than 1 step.
     """
     _check_steps(num_steps)
-    x = x.double()
+    x = at_best_float64(x)
     times = _times(1.0, 0.0, num_steps + 1, time_shift)
     for t, t_next in itertools.pairwise(times):
         dt = t_next - t  # negative
-        v = velocity(x, t).double()
+        v = at_best_float64(velocity(x, t))
         x_next = x + dt * v
         if heun and (t_next > 0 or (ends_at_0 and not repa)):
             v_next = velocity(x_next, t_next, t) if repa else velocity(x_next, t_next)
-            x_next = x + dt * 0.5 * (v + v_next.double())
+            x_next = x + dt * 0.5 * (v + at_best_float64(v_next))
         x = x_next
     return x
 
@@ -118,7 +119,7 @@ def sample_dopri5(
     from torchdiffeq import odeint  # no other solver needs it
 
     def finite_velocity(t: Tensor, x: Tensor) -> Tensor:  # (), (N, ...) -> (N, ...)
-        v = velocity(x, t.item()).double()
+        v = at_best_float64(velocity(x, t.item()))
         if not v.isfinite().all():
             raise ValueError(
                 f"expected finite samples, found a velocity that is not finite at t = {t.item():.4g}; "
@@ -126,10 +127,10 @@ def sample_dopri5(
             )
         return v
 
-    end = 0.0 if ends_at_0 else LAST_TIME
-    ends = torch.tensor([1.0, end], dtype=torch.float64, device=x.device)
+    x, end = at_best_float64(x), 0.0 if ends_at_0 else LAST_TIME
+    ends = torch.tensor([1.0, end], dtype=x.dtype, device=x.device)
     options = {"step_t": ends[1:]}
-    x = odeint(finite_velocity, x.double(), ends, rtol=rtol, atol=atol, method="dopri5", options=options)[1]
+    x = odeint(finite_velocity, x, ends, rtol=rtol, atol=atol, method="dopri5", options=options)[1]
     return x if ends_at_0 else x - end * finite_velocity(ends[1], x)
 
 
@@ -181,24 +182,24 @@ def sample_sde(
         raise ValueError(f"expected one of {', '.join(LAST_STEPS)} (--last-step), found {last_step!r}")
     if not 0 < last_step_size < 1:
         raise ValueError(f"expected a last step of the SDE in (0, 1) (--last-step-size), found {last_step_size}")
-    x = x.double()
+    x = at_best_float64(x)
     w = partial(diffusion, form=diffusion_form, norm=diffusion_norm, interpolant=interpolant)
 
     def drift(x: Tensor, t: float) -> Tensor:  # (N, ...) -> (N, ...)
-        v = velocity(x, t).double()
+        v = at_best_float64(velocity(x, t))
         return v - 0.5 * w(t) * interpolant.score(v, x, t)
 
     start = 1.0 - SBDM_START if diffusion_form == "SBDM" else 1.0
     times = _times(start, 0.0 if last_step == "none" else last_step_size, num_steps, time_shift)
     for step, (t, t_next) in enumerate(itertools.pairwise(times)):
         dt = t_next - t  # negative
-        x = x + dt * drift(x, t) + math.sqrt(w(t) * -dt) * noise(step).double()
+        x = x + dt * drift(x, t) + math.sqrt(w(t) * -dt) * at_best_float64(noise(step))
     t = times[-1]
     if last_step == "none":
         return x
     if last_step == "mean":
         return x - t * drift(x, t)
-    v = velocity(x, t).double()
+    v = at_best_float64(velocity(x, t))
     if last_step == "euler":
         return x - t * v
     return (x + interpolant.b(t) ** 2 * interpolant.score(v, x, t)) / interpolant.a(t)

@@ -61,7 +61,7 @@ class EvaluateConfig:
     vae: str | None = network(None, "directory of an AutoencoderKL, for --features vae")
 
     batch_size: int = flag(64, "images per pass of a process", group="speed")
-    device: str | None = flag(None, "cpu, cuda or cuda:1; by default a GPU if there is one", group="speed")
+    device: str | None = flag(None, "cpu, cuda, cuda:1 or mps; by default a GPU if there is one", group="speed")
 
 
 if __name__ == "__main__":

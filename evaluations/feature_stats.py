@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evaluations.images import MOMENT_NAMES, NpzImages, StoredStatistics
 from evaluations.networks import FeatureNetwork
+from runtime.distributed import WITHOUT_FLOAT64
 
 
 class Moments:
@@ -28,6 +29,7 @@ class Moments:
     ROWS = 512
 
     def __init__(self, width: int, device: torch.device):
+        device = torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
         self.count = 0
         self.waiting: list[Tensor] = []
         self.mean = torch.zeros(width, dtype=torch.float64, device=device)
@@ -42,7 +44,7 @@ class Moments:
         """Add the batches that wait."""
         if not self.waiting:
             return
-        features = torch.cat(self.waiting).double()  # (n, D)
+        features = torch.cat(self.waiting).to(self.mean.device).double()  # (n, D)
         self.waiting = []
         mean = features.mean(dim=0)  # (D,)
         centred = features - mean  # (n, D)

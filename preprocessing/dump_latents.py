@@ -40,7 +40,7 @@ class DumpConfig:
     batch_size: int = flag(32, "images encoded at once, per process", group="speed")
     num_workers: int = flag(4, "DataLoader workers that read and crop images, per process", group="speed")
     timeout: int = flag(43_200, "seconds after which a process that waits for another gives up", group="speed")
-    device: str | None = flag(None, "cpu, cuda or cuda:N; by default a GPU where there is one", group="speed")
+    device: str | None = flag(None, "cpu, cuda, cuda:N or mps; by default a GPU where there is one", group="speed")
 
     def __post_init__(self):
         for name, least in {"resolution": 1, "batch_size": 1, "num_workers": 0, "verify": 0, "timeout": 1}.items():

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from runtime.files import LOCK, full_disk_is_an_error, lock_directory
 
+WITHOUT_FLOAT64 = ("mps",)  # types of devices
+
 
 def choose_device(name: str | None) -> torch.device:
     """This rank's device, made the current one.
 
     Args:
-        name: "cpu"; "cuda": the GPU of this rank; "cuda:N": that one; None: a GPU where there is one.
+        name: "cpu"; "cuda": the GPU of this rank; "cuda:N": that one; "mps": a Mac's; None: a GPU of CUDA's where there
+            is one.
 
     Raises:
         ValueError: another name, or a GPU that is not there.
@@ -30,8 +33,12 @@ def choose_device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError("--device mps: expected a Mac whose torch has MPS, found none here; give --device cpu")
+        return torch.device("mps")
     if not re.fullmatch(r"cuda(:\d+)?", name):
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, found {name}")
+        raise ValueError(f"--device: expected cpu, cuda, cuda:N or mps, found {name}")
     number = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
     if number >= torch.cuda.device_count():
         raise ValueError(
@@ -40,6 +47,11 @@ def choose_device(name: str | None) -> torch.device:
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
+
+
+def at_best_float64(x: Tensor) -> Tensor:
+    """In float64; in float32 on a device that lacks it."""
+    return x.float() if x.device.type in WITHOUT_FLOAT64 else x.double()
 
 
 def run_on_rank0(compute: Callable[[], Any]) -> Any:
@@ -132,7 +144,7 @@ def copy_to_host_async(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
     So the device can work on meanwhile. Tensors of the CPU are handed through.
     """
     if not tensors[0].is_cuda:
-        return lambda: [tensor.numpy() for tensor in tensors]
+        return lambda: [tensor.cpu().numpy() for tensor in tensors]
     copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)

@@ -18,7 +18,7 @@ def round_up_to_block(images: int) -> int:
 def configured_batch_size(config: SampleConfig, device: torch.device) -> int | None:
     """Images per batch as the flag says; `None` if it is "auto" on a GPU, to be found by `find_batch_size`."""
     auto = config.per_proc_batch_size == "auto"
-    if auto and device.type != "cpu":
+    if auto and device.type == "cuda":
         return None
     return min(CPU_BATCH if auto else int(config.per_proc_batch_size), round_up_to_block(config.num_samples))
 

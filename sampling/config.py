@@ -128,7 +128,7 @@ class SampleConfig:
         False, "as published numbers are drawn: network and decoder in float32 with TF32, that is --tf32 and no bf16"
     )
     timeout: int = _speed(43_200, "seconds after which a process that waits for another gives up")
-    device: str | None = _speed(None, "a GPU if there is one, unless set", choices=("cpu", "cuda"))
+    device: str | None = _speed(None, "a GPU if there is one, unless set", choices=("cpu", "cuda", "mps"))
 
     model: str | None = _stated(None, "its SiT, such as SiT-XL/2")
     resolution: int | None = _stated(None, "side of its images in pixels")

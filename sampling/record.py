@@ -128,7 +128,7 @@ def describe_run(generator: SampleGenerator, processes: int, timing: dict[str, f
         "vae": info["vae"],
         "class_names": info["class_names"],
         "processes": processes,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "timing": timing,
         **provenance.stamp(),
     }

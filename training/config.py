@@ -181,6 +181,7 @@ class TrainConfig(AlignmentSettings, RunSettings):
     grad_checkpoint: int = _speed(0, "run every k-th block again in the backward pass, to save memory (0: none)")
     zero1: bool = _speed(False, "shard the optimizer's moments over the processes: the same weights, less memory")
     profile: int = _speed(0, "write a trace of this many steady steps to <run>/profile.json (0: none)")
+    device: str | None = _speed(None, "a GPU if there is one, unless set", choices=("cpu", "cuda", "mps"))
     compile: bool | None = _speed(None, "torch.compile each block; on a GPU unless set")
 
     checkpointing_steps: int = _checkpoints(50_000, "save every this many steps, and at the end")

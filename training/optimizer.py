@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from training.config import TrainConfig
 
 
+LOOKS_NOT = ("mps",)  # types of devices whose fused AdamW takes no notice of found_inf
+
+
 def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW with the run's settings, in one fused kernel; with --zero1 sharded over the ranks, if several."""
     settings = {
@@ -66,6 +69,8 @@ def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def skip_step_if(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
     """Let the next step do nothing, moments included, where `skipped` () float32 is 1: AdamW looks on the device."""
     local_optimizer(optimizer).found_inf = skipped
+    if skipped.device.type in LOOKS_NOT and skipped.item():
+        optimizer.zero_grad()  # without gradients nothing is updated
 
 
 def gather_state(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ def print_plan(config: TrainConfig, given: frozenset[str]) -> None:
     if state:
         config = resumed_config(config, given, state["config"], checkpoint / "state.json")
     store = LatentDataset(config.data_dir, images="images" in needs_of(config.align))
-    config = resolve(config, store, torch.cuda.is_available())
+    config = resolve(config, store, accelerator.device.type == "cuda")
     check_data(config, store, checkpoint, state)
     if config.sampling_steps:
         load_grid_vae(config, store, accelerator)

@@ -28,7 +28,7 @@ from models.sit import SiT, SiTConfig
 from models.vae import UNKNOWN_VAE, LatentScale, check_vae, load_vae
 from reporting.log import RunLog
 from runtime.cli import check
-from runtime.distributed import allow_tf32, check_ranks_agree, compile_each, run_on_rank0
+from runtime.distributed import allow_tf32, check_ranks_agree, choose_device, compile_each, run_on_rank0
 from runtime.files import full_disk_is_an_error, sha256, to_json, write_atomically
 from runtime.loading import loading
 from runtime.seeding import block_generator, step_generator
@@ -113,13 +113,13 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
         ValueError: settings, data, VAE, weights or the run's directory do not fit each other.
     """
     # Where the run stands, as rank 0 sees it: its checkpoint, its settings, its data.
-    PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(seconds=config.timeout))
+    PartialState(cpu=device_type(config) == "cpu", timeout=datetime.timedelta(seconds=config.timeout))
     checkpoint = run_on_rank0(lambda: find_resume_checkpoint(config))
     state = read_state(checkpoint) if checkpoint else None
     if state:
         config = resumed_config(config, given, state["config"], checkpoint / "state.json")
     store = LatentDataset(config.data_dir, images="images" in needs_of(config.align))
-    config = resolve(epochs_to_steps(config, given, len(store)), store, torch.cuda.is_available())
+    config = resolve(epochs_to_steps(config, given, len(store)), store, device_type(config) == "cuda")
     check_data(config, store, checkpoint, state)
     accelerator = make_accelerator(config)
     config = compile_if_possible(config, given, accelerator.device)
@@ -245,6 +245,13 @@ def check_data(config: TrainConfig, store: LatentDataset, checkpoint: Path | Non
     check_ranks_agree({"data": store_digest(store.meta), "checkpoint": state and [state["step"], state["digests"]]})
 
 
+def device_type(config: TrainConfig) -> str:
+    """Of --device; accelerate chooses which GPU is whose."""
+    if config.device:
+        return choose_device(config.device).type
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Devices, processes, precision and trackers, by accelerate.
 
@@ -266,7 +273,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     return Accelerator(
-        cpu=not torch.cuda.is_available(),  # else it does not join the processes that torchrun starts on CPUs
+        cpu=device_type(config) == "cpu",  # else it does not join the processes that torchrun starts on CPUs
         mixed_precision=config.mixed_precision,
         # Micro-batches are counted here: an inherited environment variable must not divide the loss once more.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
