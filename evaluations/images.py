@@ -42,6 +42,13 @@ STATISTICS = {"features": Field(), "digest": Field(), "count": Field()}
 STATISTICS |= dict.fromkeys("mu sigma mu_s sigma_s pool spatial logits".split(), Field(None))
 
 
+# ADM's statistics and 10,000 images. (We know of no digest of it.)
+REFERENCE_URL = (
+    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
+    "VIRTUAL_imagenet256_labeled.npz"
+)
+
+
 def open_images(
     path: str, side: int | None = None, always: bool = False
 ) -> NpzImages | DirectoryImages | StoreImages | StoredStatistics:
@@ -56,7 +63,8 @@ def open_images(
     if place.is_dir():
         return StoreImages(place) if (place / "meta.json").exists() else DirectoryImages(place, side, always)
     if not place.exists():
-        raise ValueError(f"expected an npz file or a directory at {path}, found nothing")
+        fix = f"; fix: fetch {REFERENCE_URL}" if place.name == REFERENCE_URL.rpartition("/")[2] else ""
+        raise ValueError(f"expected an npz file or a directory at {path}, found nothing{fix}")
     try:
         with zipfile.ZipFile(place) as archive:
             members = [name.removesuffix(".npy") for name in archive.namelist()]

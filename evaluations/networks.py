@@ -33,6 +33,7 @@ INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION = f"{INCEPTION_URL} (95,628,359 bytes, SHA-256 {INCEPTION_SHA256})"
 INCEPTION_SIDE = 299
 SPATIAL_CHANNELS = 7  # of 192: channels 0..6 of `mixed_6/conv:0`, 17 x 17 x 7 = 2,023 numbers
 RANDOM_SEED = 0
@@ -134,11 +135,11 @@ def load_inception(path: str | None = None, device: Device = "cpu", sha256: str 
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"expected Inception weights at {path}: {error.strerror}; fix: --inception-weights PATH"
+            f"expected Inception weights at {path}: {error.strerror}; fix: --inception-weights PATH of {INCEPTION}"
         ) from error
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        raise ValueError(f"expected SHA-256 {sha256}, found {found} in {path}; fix: download {INCEPTION_URL}")
+        raise ValueError(f"expected SHA-256 {sha256}, found {found} in {path}; fix: fetch {INCEPTION}")
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     return inception_from_state("inception", state, digest=found, device=device)
 
@@ -152,7 +153,7 @@ def _downloaded_inception() -> Path:
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256, progress=True)
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"expected to download {INCEPTION_URL}, found {error}; fix: fetch that file on another machine and "
+                f"expected to download {INCEPTION}, found {error}; fix: fetch that file on another machine and "
                 "give --inception-weights PATH, or choose --features vae or random"
             ) from error
     barrier()

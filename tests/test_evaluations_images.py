@@ -112,7 +112,12 @@ def test_what_cannot_be_read_is_refused_in_words(tmp_path):
     file.write_bytes(b"not a zip file at all")
     refused("expected an npz file")
     file.unlink()
-    refused("found nothing")
+    refused("found nothing$")
+
+
+def test_a_missing_reference_of_imagenet_is_told_where_it_is(tmp_path):
+    with pytest.raises(ValueError, match=r"found nothing; fix: fetch https://.*/256/VIRTUAL_imagenet256_labeled\.npz$"):
+        open_images(str(tmp_path / "VIRTUAL_imagenet256_labeled.npz"))
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
