@@ -279,7 +279,7 @@ def _yaml_to_flags(parser: _Parser, path: str, fields: dict[str, dataclasses.Fie
         name = names.get(str(key).replace("_", "-"))
         if name is None:
             parser.error(_unknown("key", str(key), names))
-        spelling = _spellings(fields[name])[0]
+        spelling = "--" + str(key).replace("_", "-")
         if value in ("", "null"):
             continue  # `key:` with nothing behind it keeps the default
         if _is_bool(hints[name]):

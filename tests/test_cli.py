@@ -45,6 +45,7 @@ def test_config_file_sets_any_flag_and_the_command_line_wins(tmp_path):
         ("", "missing --source"),
         ("--source x --sped 1", "unknown flag --sped; did you mean --speed?"),
         ("--source x --rat 1", "unknown flag --rat; did you mean --rate?"),
+        ("--source x --rate 1 --speed 2", "--speed: expected 1.0, as --rate says, found 2.0"),
         ("--source x --rate fast", "--rate/--speed: invalid float value: 'fast'"),
         ("--source x --kind c", "--kind: invalid choice: 'c'"),
         ("--source x --span 1", "--span: expected 2 arguments"),
@@ -69,6 +70,7 @@ def test_mistakes_are_one_line_and_code_2(arguments, message, capsys):
         ("fast: 3", "fast: expected true or false, found '3'"),
         ("- a", "expected lines of `key: value`, found a list"),
         ("a: [", "not YAML"),
+        ("rate: 1\nspeed: 2", "--speed: expected 1.0, as --rate says, found 2.0"),
     ],
 )
 def test_mistakes_in_the_file_name_the_file(text, message, tmp_path, capsys):
@@ -81,6 +83,11 @@ def test_mistakes_in_the_file_name_the_file(text, message, tmp_path, capsys):
     assert error.count("\n") == 1
     assert str(file) in error
     assert message in error
+
+
+def test_a_flag_and_its_other_name_may_agree_and_of_one_name_the_later_wins():
+    assert cli.parse(Config, "--source x --rate 1 --speed 1.0".split()).rate == 1
+    assert cli.parse(Config, "--source x --rate 1 --rate 2".split()).rate == 2
 
 
 def test_help_groups_the_flags_and_shows_defaults(capsys):

@@ -1,5 +1,6 @@
 """What users of REPA, SRA and iREPA expect by habit: the commands of REPA's README, presets of methods."""
 
+import argparse
 import dataclasses
 import json
 import re
@@ -22,6 +23,7 @@ from runtime import cli
 from runtime.files import fields_of
 from sampling.config import SampleConfig
 from tests.stores import ENCODER, make_store, make_vae
+from tests.test_convert import random_state
 from training.config import TrainConfig
 from training.run_dir import resumed_config
 
@@ -249,6 +251,21 @@ def test_what_a_command_says_of_the_checkpoint_is_compared_with_it(trained, word
     config = cli.parse(SampleConfig, ["--ckpt", str(trained), *words.split()])
     with pytest.raises(ValueError, match=message):
         sample_ddp.load_model(config, str(trained), 0)
+
+
+def test_repas_sampling_command_takes_repas_file(tmp_path):
+    state = random_state() | {f"projectors.0.{k}.weight": torch.randn(3, 3) for k in (0, 2, 4)}
+    args = argparse.Namespace(path_type="linear", prediction="v", resolution=64, encoder_depth=8)
+    torch.save({"ema": state, "args": args, "steps": 400_000}, tmp_path / "0400000.pt")
+    words = flags(GENERATE, CHECKPOINT=tmp_path / "0400000.pt") + ["--legacy", "--model=SiT-Ti/4", "--resolution=64"]
+
+    def found(*more):
+        config = cli.parse(SampleConfig, [*words, *more])
+        return sample_ddp.load_model(config, config.checkpoint[0], 1)[1]["format"]
+
+    assert found() == "repa"
+    with pytest.raises(ValueError, match="--encoder-depth: expected 8, .*found 4"):
+        found("--encoder-depth=4")
 
 
 def test_two_directories_for_one_result_are_refused():

@@ -238,6 +238,7 @@ def test_the_hub_can_read_the_card(trained):
     assert "class-conditional-image-generation" in data["tags"]
     assert ModelCard.load(file).data.to_dict() == data
     assert ModelCard.load(file).text.lstrip().startswith("# SiT-Ti/4 + VAE-REPA, step 2\n")
+    assert "title     = {SRA 2: Variational Autoencoder Self-Representation Alignment" in file.read_text()
 
 
 def test_the_card_says_what_the_run_recorded(trained):
