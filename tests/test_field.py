@@ -257,14 +257,14 @@ def test_repas_sampling_command_takes_repas_file(tmp_path):
     state = random_state() | {f"projectors.0.{k}.weight": torch.randn(3, 3) for k in (0, 2, 4)}
     args = argparse.Namespace(path_type="linear", prediction="v", resolution=64, encoder_depth=8)
     torch.save({"ema": state, "args": args, "steps": 400_000}, tmp_path / "0400000.pt")
-    words = flags(GENERATE, CHECKPOINT=tmp_path / "0400000.pt") + ["--legacy", "--model=SiT-Ti/4", "--resolution=64"]
+    words = [*flags(GENERATE, CHECKPOINT=tmp_path / "0400000.pt"), "--legacy", "--model=SiT-Ti/4", "--resolution=64"]
 
     def found(*more):
         config = cli.parse(SampleConfig, [*words, *more])
         return sample_ddp.load_model(config, config.checkpoint[0], 1)[1]["format"]
 
     assert found() == "repa"
-    with pytest.raises(ValueError, match="--encoder-depth: expected 8, .*found 4"):
+    with pytest.raises(ValueError, match=r"--encoder-depth: expected 8, .*found 4"):
         found("--encoder-depth=4")
 
 
