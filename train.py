@@ -39,6 +39,7 @@ from runtime.progress import Progress
 from runtime.seeding import block_generator, numpy_generator, step_generator
 from sampling.config import BLOCK
 from sampling.generator import decode_latents, sample_latents
+from training.announce import describe, warn_of_scale, warn_of_settings
 from training.checkpoint import snapshot
 from training.ema import save_snapshots
 from training.metrics import collect_metrics, log_metrics
@@ -46,7 +47,7 @@ from training.optimizer import gather_state, learning_rate_at, release_process_g
 from training.out_of_memory import draw_what_fits, saved_if_out_of_memory
 from training.plan import print_plan
 from training.preemption import StopRequest, exit_code
-from training.setup import Run, describe, setup, warn_of_scale, warn_of_settings
+from training.setup import Run, setup
 
 
 def step_noise(config: TrainConfig, step: int, sit: SiTConfig, device: torch.device) -> dict[str, Tensor]:
