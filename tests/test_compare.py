@@ -107,9 +107,10 @@ def test_images_are_those_of_the_samplers_called_directly(sampler, vae, tmp_path
     assert images.float().std() > 1
 
 
-def test_images_are_those_of_sample_ddp_with_the_same_labels(vae, tmp_path):
+@pytest.mark.parametrize("facts", [{}, {"prediction": "x", "time_shift": 3.0}])
+def test_images_are_those_of_sample_ddp_with_the_same_labels(vae, tmp_path, facts):
     """Image by image, over more than one block; another batch changes rounding alone."""
-    run = make_run(tmp_path / "run", vae)
+    run = make_run(tmp_path / "run", vae, **facts)
     flags = ["--num-samples=20", "--num-steps=3", "--guidance-scale=2.5", "--seed=7", "--per-proc-batch-size=32"]
     sample_ddp.main([f"--checkpoint={run}", f"--output-dir={tmp_path / 'out'}", "--sampler=sde", *flags])
     with np.load(tmp_path / "out" / "samples.npz") as archive:

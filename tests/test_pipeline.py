@@ -100,6 +100,28 @@ def test_images_are_those_of_sample_ddp(checkpoint, pipe, tmp_path, sampler, ste
     assert np.array_equal(pixels(output.images)[:same], expected[:same])
 
 
+@pytest.mark.parametrize("sampler", ["sde", "ode-heun", "ode-dopri5"])
+def test_a_network_of_data_with_shifted_times_is_published_as_such(tmp_path, sampler):
+    made = make_checkpoint(tmp_path, prediction="x", time_shift=2.0)
+    flags = f"--checkpoint {made} --output-dir {tmp_path / 'drawn'} --num-samples 16 --num-steps 3 --sampler {sampler}"
+    sample_ddp.main([*flags.split(), "--guidance-scale", "2"])
+    with np.load(tmp_path / "drawn" / "samples.npz") as archive:
+        expected, labels = archive["arr_0"], archive["arr_1"].tolist()
+    publish.main([str(made), "--output-dir", str(tmp_path / "published"), "--include-vae"])
+    pipe = VAEREPAPipeline.from_pretrained(tmp_path / "published", device="cpu")
+    drawn = pipe(labels, 2.0, num_inference_steps=3, sampler=sampler, batch_size=64)
+    assert np.array_equal(pixels(drawn.images), expected)
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert "| predicts | the data z, not the velocity |" in card
+    assert "| times shifted by | 2 |" in card
+    file = tmp_path / "published" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in config.items() if k not in ("prediction", "time_shift")}))
+    older = VAEREPAPipeline.from_pretrained(tmp_path / "published", device="cpu")
+    assert (older.config["prediction"], older.config["time_shift"]) == ("v", 1.0)
+    assert not np.array_equal(pixels(older(labels, 2.0, num_inference_steps=3, sampler=sampler).images), expected)
+
+
 def test_default_batches_and_defaults_of_the_sde_are_those_of_sample_ddp(checkpoint, pipe, tmp_path):
     flags = f"--checkpoint {checkpoint} --output-dir {tmp_path / 'drawn'} --num-samples 70 --num-steps 3"
     sample_ddp.main([*flags.split(), "--guidance-scale", "4"])
