@@ -422,7 +422,7 @@ def test_samples_of_older_records_are_compared_with_newer_ones(tmp_path):
     record = json.loads((old / "samples.json").read_text())["settings"]
     record = {("last_step_size" if name == "last_t" else name): value for name, value in record.items()}
     record |= {"step": 20, "unknown_yet": 1, "diffusion_form": "linear", "diffusion_norm": 1.0, "last_step": "mean"}
-    record |= {"guidance_channels": "all", "autoguidance_digest": None, "atol": None, "rtol": None}
+    record |= {"time_shift": 1.0, "guidance_channels": "all", "autoguidance_digest": None, "atol": None, "rtol": None}
     record |= {"uint8_rule": "floor(clamp(127.5 * x + 128, 0, 255))"}
     new = run / "samples" / "new"
     new.mkdir()
@@ -438,6 +438,7 @@ def test_samples_of_older_records_are_compared_with_newer_ones(tmp_path):
         ("atol", 1e-6, "atol 1e-06"),
         ("rtol", 1e-3, "rtol 0.001"),
         ("guidance_channels", "3", "on 3 channels"),
+        ("time_shift", 2.5, "times shifted by 2.5"),
         ("autoguidance_digest", "ab" * 32, "autoguided by abababababab"),
         ("head_guidance", 1.2, "head guidance 1.2"),
         ("head_guidance_interval", (0.1, 1.0), "by the head on t 0.1 to 1"),

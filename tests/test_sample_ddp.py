@@ -810,9 +810,10 @@ def test_a_sweep_of_autoguidance_reloads_both_and_names_its_folders(checkpoint, 
 def test_bad_autoguidance_is_named(checkpoint, weaker, tmp_path, capsys):
     flags = arguments(checkpoint, tmp_path / "out", autoguidance=weaker, guidance_scale=1.0)
     assert "--autoguidance: expected a --guidance-scale other than 1 beside it" in refused(capsys, flags)
-    other = make_checkpoint(tmp_path / "other", num_classes=K + 1)
-    line = refused(capsys, arguments(checkpoint, tmp_path / "out", autoguidance=other))
-    assert "--autoguidance: expected a model of the same channels, latent size, classes" in line
+    for name, facts in {"classes": {"num_classes": K + 1}, "prediction": {"prediction": "x"}}.items():
+        other = make_checkpoint(tmp_path / name, **facts)
+        line = refused(capsys, arguments(checkpoint, tmp_path / "out", autoguidance=other))
+        assert "--autoguidance: expected a model of the same channels, latent size, classes" in line
     line = refused(capsys, arguments(checkpoint, tmp_path / "out", autoguidance="absent"))
     assert "not a checkpoint: nothing at absent" in line
     assert not (tmp_path / "out").exists()

@@ -119,6 +119,8 @@ def test_records_of_older_code_are_resumed_and_recognised(checkpoint, tmp_path, 
             "diffusion_norm",
             "last_step",
             "guidance_channels",
+            "time_shift",
+            "prediction",
         ):
             del settings[name]
 
