@@ -217,9 +217,14 @@ def test_the_checkpoints_prediction_and_shift_are_taken_and_recorded(tmp_path, s
     images, labels = draw(data, tmp_path / "own", **flags)
     sit, info = load_sit(data)
     z = sample_latents(
-        sit, torch.from_numpy(labels), block_noise(0, 0, 16, (4, 4, 4), "cpu"), sampler, 3, Interpolant("linear", "x"),
+        sit,
+        torch.from_numpy(labels),
+        block_noise(0, 0, 16, (4, 4, 4), "cpu"),
+        sampler,
+        3,
+        Interpolant("linear", "x"),
         time_shift=2.0,
-    )  # fmt: skip
+    )
     assert np.array_equal(images, decode_latents(load_vae(info["vae"]), z, info["scale"])[0].numpy())
     settings = json.loads((tmp_path / "own" / "samples.json").read_text())["settings"]
     shift = None if sampler == "ode-dopri5" else 2.0

@@ -81,9 +81,14 @@ def test_a_network_of_data_samples_as_one_of_velocities(path, sampler):
         noise = [torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(k)) for k in range(20)]
         seen.clear()
         return sample_latents(
-            Network(prediction), torch.zeros(16, dtype=torch.long), lambda step=-1: noise[step], sampler, 20,
-            Interpolant(path, prediction), time_shift=2.0,
-        )  # fmt: skip
+            Network(prediction),
+            torch.zeros(16, dtype=torch.long),
+            lambda step=-1: noise[step],
+            sampler,
+            20,
+            Interpolant(path, prediction),
+            time_shift=2.0,
+        )
 
     x = sample("x")
     assert min(seen) > 0

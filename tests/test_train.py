@@ -188,9 +188,14 @@ def test_the_loss_is_that_of_the_store_and_the_step(data, tmp_path, monkeypatch)
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_times_are_drawn_and_shifted_by_formula(path):
     config = TrainConfig(
-        data_dir="", path_type=path, batch_size=20_000, time_distribution="logit-normal", time_mean=-0.5, time_std=1.5,
+        data_dir="",
+        path_type=path,
+        batch_size=20_000,
+        time_distribution="logit-normal",
+        time_mean=-0.5,
+        time_std=1.5,
         time_shift="3",
-    )  # fmt: skip
+    )
     sit, cpu = SiTConfig.from_name("SiT-Ti/2", 2), torch.device("cpu")
     t = train.step_noise(config, 5, sit, cpu)["time"].double()
     normal = torch.randn(20_000, generator=step_generator(0, 5, "time")).double()

@@ -185,10 +185,16 @@ def test_a_vae_of_32_channels_from_images_to_images(tmp_path, by_channel):
     """Of the shape of REPA-E's, 16 pixels to a latent: dumped, scaled, trained on with patch 1, decoded."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 5, up_block_types=("UpDecoderBlock2D",) * 5,
-        block_out_channels=(8,) * 5, layers_per_block=1, norm_num_groups=4, latent_channels=32, scaling_factor=0.3,
-        use_quant_conv=by_channel, use_post_quant_conv=by_channel,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 5,
+        up_block_types=("UpDecoderBlock2D",) * 5,
+        block_out_channels=(8,) * 5,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=32,
+        scaling_factor=0.3,
+        use_quant_conv=by_channel,
+        use_post_quant_conv=by_channel,
+    )
     mean, std = np.linspace(-1, 1, 32), np.linspace(0.2, 3, 32)
     if by_channel:
         vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
