@@ -16,7 +16,7 @@ from models.sit import SiT, SiTConfig
 from reporting.log import read_log
 from tests.stores import make_store
 from tests.test_train import run
-from training import memory
+from training import memory, setup
 from training.config import TrainConfig
 
 GIB = 2**30
@@ -108,7 +108,7 @@ def test_a_micro_batch_is_found_by_memory_and_changes_no_loss(name, data, tmp_pa
         assert read_log(folder)[0][name] == pytest.approx(whole[0][name], rel=1e-6)
     # It is recorded, and taken over by the same run on the same machine alone.
     assert read_state(latest_checkpoint(folder))["micro_batch"]["images"] == images
-    monkeypatch.setattr(memory, "count_memory", None)
+    monkeypatch.setattr(setup, "count_memory", lambda *arguments: pytest.fail("counted anew"))
     monkeypatch.setattr(memory, "memory_limit", lambda device, held: GIB / 100)
     run(data, tmp_path, **options | {"max_train_steps": 1})
     assert f"micro-batches x {images};" in capsys.readouterr().out
