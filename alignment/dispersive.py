@@ -52,7 +52,8 @@ def build(context: AlignmentContext) -> AlignmentTerms:
             f"or other processes or --gradient-accumulation-steps"
         )
     terms = terms_by_settings(context, "dispersive", nn.Identity, objective="l2")
-    return dataclasses.replace(terms, alignment=Dispersion(settings.dispersive_weight, settings.dispersive_tau, group))
+    alignment = Dispersion(settings.dispersive_weight, settings.dispersive_tau, group)
+    return dataclasses.replace(terms, alignment=alignment, group=group)
 
 
 METHOD = AlignmentMethod(

@@ -60,6 +60,7 @@ class AlignmentTerms:
         schedule: optimizer step -> factor of the weight.
         target: batch -> (N, T, D), called under no_grad; None where the head gives the target too, or none is needed.
         also: what else the heads take: the tokens of further blocks, or, for 0, the condition (N, D).
+        group: consecutive samples that the loss takes together: it divides every micro-batch.
     """
 
     depths: tuple[int, ...]
@@ -68,6 +69,7 @@ class AlignmentTerms:
     schedule: Callable[[int], float]
     target: Callable[[Batch], Tensor | None] = lambda batch: None
     also: tuple[int, ...] = ()
+    group: int = 1
 
     def alignment_at(self, step: int) -> Alignment:
         """The settings of each term at an optimizer step, counted from 0."""

@@ -53,7 +53,9 @@ class SiTConfig:
     qk_norm: bool = dataclasses.field(default=False, metadata={"record": Field(False)})
 
     @classmethod
-    def from_name(cls, name: str, latent_size: int = 32, in_channels: int = 4, num_classes: int = 1000) -> SiTConfig:
+    def from_name(
+        cls, name: str, latent_size: int = 32, in_channels: int = 4, num_classes: int = 1000, qk_norm: bool = False
+    ) -> SiTConfig:
         """The config of a size in `SIT_SIZES` at a patch size in `PATCH_SIZES`, such as "SiT-XL/2".
 
         Raises:
@@ -65,7 +67,8 @@ class SiTConfig:
             raise ValueError(f"expected a model SiT-SIZE/PATCH with {known} (--model), found {name!r}")
         size, patch = name.removeprefix("SiT-").split("/")
         depth, hidden_size, num_heads = SIT_SIZES[size]
-        return cls(depth, hidden_size, num_heads, int(patch), latent_size, in_channels, num_classes)
+        shape = depth, hidden_size, num_heads, int(patch)
+        return cls(*shape, latent_size, in_channels, num_classes, qk_norm=qk_norm)
 
     def __post_init__(self):
         if self.latent_size % self.patch_size:

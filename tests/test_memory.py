@@ -130,3 +130,15 @@ def test_a_micro_batch_that_is_given_is_taken_or_refused(data, tmp_path):
     for value, message in ((4, "a divisor of the 6 .*found 4"), (0, "auto or a number"), ("all", "auto or a number")):
         with pytest.raises(ValueError, match=f"--micro-batch: expected {message}"):
             run(data, tmp_path, micro_batch=value, exp_name="refused")
+
+
+def test_images_that_a_method_takes_together_stay_together(data, tmp_path, monkeypatch):
+    options = {"batch_size": 12, "align": "dispersive", "dispersive_group": 4, "max_train_steps": 1}
+    counted, *_ = count("SiT-Ti/4", batch_size=12)
+    assert counted.largest(12, 1.001 * counted.needed(6) / (1 - memory.MARGIN), group=4) == 4
+    assert counted.largest(12, 1.001 * counted.needed(3) / (1 - memory.MARGIN), group=4) == 0
+    with pytest.raises(ValueError, match=r"--micro-batch: expected a multiple of 4, which --align takes.*found 6"):
+        run(data, tmp_path / "out", micro_batch=6, **options)
+    monkeypatch.setattr(memory, "memory_limit", lambda device, held: 1.001 * counted.needed(6) / (1 - memory.MARGIN))
+    folder = run(data, tmp_path, **options)
+    assert read_state(latest_checkpoint(folder))["micro_batch"]["images"] == 4

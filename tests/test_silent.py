@@ -52,9 +52,9 @@ def drawn(monkeypatch):
     """Classes and guidance of each grid."""
     seen, sample = [], train.sample_latents
 
-    def spy(sit, y, noise, sampler, steps, interpolant, scale=1.0, *more):
+    def spy(sit, y, noise, sampler, steps, interpolant, scale=1.0, **more):
         seen.append((set(y.tolist()), scale))
-        return sample(sit, y, noise, sampler, steps, interpolant, scale, *more)
+        return sample(sit, y, noise, sampler, steps, interpolant, scale, **more)
 
     monkeypatch.setattr(train, "sample_latents", spy)
     return seen

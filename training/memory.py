@@ -6,6 +6,7 @@ pass, each storage once, the weights left out. Two sizes of batch tell what grow
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alignment.registry import needs_of
+from alignment.terms import AlignmentTerms
 from models.aligned import AlignedSiT
 from models.sit import SiT, SiTConfig
 from runtime.cli import check
@@ -60,10 +62,10 @@ class TrainingMemory:
         step = self.activations(images) + images * self.working
         return self.states + self.batch + max(step, self.grid, self.saving)
 
-    def largest(self, share: int, limit: float) -> int:
-        """The largest divisor of `share` images with which a step fits in `limit` bytes; 0 if not one image fits."""
-        fitting = [m for m in range(1, share + 1) if share % m == 0 and self.needed(m) <= (1 - MARGIN) * limit]
-        return max(fitting, default=0)
+    def largest(self, share: int, limit: float, group: int = 1) -> int:
+        """The largest divisor of `share` images, of whole groups, with which a step fits in `limit` bytes; 0 if none."""
+        whole = [m for m in range(group, share + 1, group) if share % m == 0]
+        return max((m for m in whole if self.needed(m) <= (1 - MARGIN) * limit), default=0)
 
 
 def count_memory(config: TrainConfig, sit: SiTConfig, heads: Heads, accelerator: Accelerator) -> TrainingMemory:
@@ -158,7 +160,12 @@ def held_bytes(model: AlignedSiT, emas: Mapping[str, SiT], optimizer: torch.opti
 
 
 def choose_micro_batch(
-    config: TrainConfig, accelerator: Accelerator, count: Callable[[], TrainingMemory], held: int, found: dict | None
+    config: TrainConfig,
+    accelerator: Accelerator,
+    count: Callable[[], TrainingMemory],
+    held: int,
+    found: dict | None,
+    methods: Mapping[str, AlignmentTerms],
 ) -> dict[str, Any]:
     """The "images" of a micro-batch and how many "micro_batches" a step has, the same on all ranks; with what they were
     chosen for, to be recorded.
@@ -167,28 +174,34 @@ def choose_micro_batch(
         count: counts the memory; called where the micro-batch is to be found.
         held: bytes of it that are held already.
         found: the record of a run that is resumed: it holds for the same settings and machine.
+        methods: of the alignment; images that one takes together stay so.
 
     Raises:
-        ValueError: the flag's number does not divide the batch, or not one image fits.
+        ValueError: the flag's number does not divide the batch or is not made of whole groups, or not one group fits.
     """
     device, processes, least = accelerator.device, accelerator.num_processes, config.gradient_accumulation_steps
     images = share = config.batch_size // (processes * least)
     settings = {name: getattr(config, name) for name in DECIDES} | {"processes": processes}
-    settings["emas"] = len(decays(config))
+    group = math.lcm(*(terms.group for terms in methods.values()))
+    settings |= {"emas": len(decays(config)), "group": group}
     settings["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     limit = memory_limit(device, held)
     if config.micro_batch != "auto":
         images = int(config.micro_batch)
         divisor = f"a divisor of the {share} images that processes and accumulation steps leave of --batch-size"
         check(config, "micro_batch", share >= images and share % images == 0, divisor)
+        check(
+            config, "micro_batch", images % group == 0, f"a multiple of the {group} images that --align takes together"
+        )
     elif limit is not None and share:
         same = found is not None and found.items() >= settings.items()
         memory = None if same else count()
-        images = min(gather_objects(found["images"] if same else memory.largest(share, limit)))
+        images = min(gather_objects(found["images"] if same else memory.largest(share, limit, group)))
         if not images:
-            needed = f"{memory.needed(1) / (1 - MARGIN) / GIB:.1f} GiB" if memory else "more"
+            needed = f"{memory.needed(group) / (1 - MARGIN) / GIB:.1f} GiB" if memory else "more"
+            smallest = "one image" if group == 1 else f"{group} images"
             raise ValueError(
-                f"expected {needed} of memory for steps with one image at a time, found {limit / GIB:.1f} GiB; give "
+                f"expected {needed} of memory for steps with {smallest} at a time, found {limit / GIB:.1f} GiB; give "
                 f"--grad-checkpoint 1, --zero1 (with several GPUs) or a smaller --model"
             )
     return {"images": images, "micro_batches": least * (share // images if share else 1), **settings}

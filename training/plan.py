@@ -43,10 +43,10 @@ def print_plan(config: TrainConfig, given: frozenset[str]) -> None:
     # The networks, without content.
     channels, side, _ = store.latent_shape
     with torch.device("meta"):
-        sit = SiT(SiTConfig.from_name(config.model, side, channels, config.num_classes))
+        sit = SiT(SiTConfig.from_name(config.model, side, channels, config.num_classes, config.qk_norm))
         methods = build_methods(config, store, sit, sit, accelerator)
     memory = count_memory(config, sit.config, lambda: make_heads(config, methods), accelerator)
-    micro_batch = choose_micro_batch(config, accelerator, lambda: memory, 0, state and state["micro_batch"])
+    micro_batch = choose_micro_batch(config, accelerator, lambda: memory, 0, state and state["micro_batch"], methods)
     accelerator.print(f"run         {config.run_dir}, {f'resumed from {checkpoint}' if checkpoint else 'a new one'}")
     accelerator.print(describe_plan(config, store, sit, memory, micro_batch, memory_limit(accelerator.device, 0)))
     accelerator.end_training()

@@ -129,7 +129,6 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     source = load_sit(config.init_from, format=config.init_format) if config.init_from and not state else None
     sit = build_sit(config, store, source).to(accelerator.device)
     emas = {name: copy.deepcopy(sit).eval().requires_grad_(False) for name in decays(config)}
-    sit.checkpoint_every = config.grad_checkpoint
     methods = build_methods(config, store, sit, emas["ema"], accelerator)
     model = AlignedSiT(sit, make_heads(config, methods)).to(accelerator.device)
     emas, updater = with_heads(emas, sit, guide_heads(model, methods), config)
@@ -142,7 +141,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     # What each process reads, in micro-batches that fit.
     count = functools.partial(count_memory, config, sit.config, lambda: make_heads(config, methods), accelerator)
     held, found = held_bytes(model, emas, optimizer), state and state["micro_batch"]
-    micro_batch = choose_micro_batch(config, accelerator, count, held, found)
+    micro_batch = choose_micro_batch(config, accelerator, count, held, found, methods)
     sampler, loader = make_loader(config, store, accelerator, micro_batch, state["step"] if state else 0)
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)  # it is where the model is
 
@@ -344,8 +343,8 @@ def build_sit(config: TrainConfig, store: LatentDataset, source: tuple[SiT, dict
     if height != width:
         raise ValueError(f"expected square latents, found {height} x {width} in {config.data_dir}")
     torch.manual_seed(config.seed)
-    shape = SiTConfig.from_name(config.model, height, channels, config.num_classes)
-    sit = SiT(dataclasses.replace(shape, qk_norm=config.qk_norm))
+    sit = SiT(SiTConfig.from_name(config.model, height, channels, config.num_classes, config.qk_norm))
+    sit.checkpoint_every = config.grad_checkpoint
     if source is not None:
         load_init_weights(config, sit, *source, store.scale, store.class_names)
     return sit
