@@ -137,7 +137,9 @@ def test_images_that_a_method_takes_together_stay_together(data, tmp_path, monke
     counted, *_ = count("SiT-Ti/4", batch_size=12)
     assert counted.largest(12, 1.001 * counted.needed(6) / (1 - memory.MARGIN), group=4) == 4
     assert counted.largest(12, 1.001 * counted.needed(3) / (1 - memory.MARGIN), group=4) == 0
-    with pytest.raises(ValueError, match=r"--micro-batch: expected a multiple of 4, which --align takes.*found 6"):
+    with pytest.raises(
+        ValueError, match=r"--micro-batch: expected a multiple of the 4 images that --align takes.*found 6"
+    ):
         run(data, tmp_path / "out", micro_batch=6, **options)
     monkeypatch.setattr(memory, "memory_limit", lambda device, held: 1.001 * counted.needed(6) / (1 - memory.MARGIN))
     folder = run(data, tmp_path, **options)

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from alignment.registry import needs_of
+from alignment.registry import METHODS, needs_of
 from alignment.terms import AlignmentTerms
 from models.aligned import AlignedSiT
 from models.sit import SiT, SiTConfig
@@ -63,7 +63,7 @@ class TrainingMemory:
         return self.states + self.batch + max(step, self.grid, self.saving)
 
     def largest(self, share: int, limit: float, group: int = 1) -> int:
-        """The largest divisor of `share` images, of whole groups, with which a step fits in `limit` bytes; 0 if none."""
+        """The largest divisor of `share`, of whole groups, with which a step fits in `limit` bytes; 0 if none does."""
         whole = [m for m in range(group, share + 1, group) if share % m == 0]
         return max((m for m in whole if self.needed(m) <= (1 - MARGIN) * limit), default=0)
 
@@ -89,7 +89,10 @@ def count_memory(config: TrainConfig, sit: SiTConfig, heads: Heads, accelerator:
         if config.grad_checkpoint:
             model.sit.checkpoint_every = config.grad_checkpoint
             one, two = (count_activations(model, low, images) for images in (1, 2))
-        parameters, backbone = list(model.parameters()), [*model.sit.parameters(), *model.sit.buffers()]
+        parameters, averaged = list(model.parameters()), [*model.sit.parameters(), *model.sit.buffers()]
+        for term, head in model.heads.items():  # those that can guide have EMAs, too
+            if METHODS[term.rstrip("0123456789").rstrip("_")].guides:
+                averaged += head.parameters()
         weights, networks = size(parameters), len(decays(config))
         share = config.batch_size // processes
         latent = 4 * sit.in_channels * sit.latent_size**2
@@ -99,7 +102,7 @@ def count_memory(config: TrainConfig, sit: SiTConfig, heads: Heads, accelerator:
             weights=size([*parameters, *model.buffers()]),
             gradients=weights,
             moments=moments(parameters, processes if config.zero1 else 1),
-            emas=networks * size(backbone),
+            emas=networks * size(averaged),
             batch=2 * latent * config.batch_size + share * (2 * latent + images),
             grid=grid if config.sampling_steps else 0,
             saving=2 * max(size([parameter]) for parameter in parameters) if config.zero1 else 0,
