@@ -45,9 +45,9 @@ STATE = {  # the fields of state.json, which training/checkpoint.py writes
     ),
 }
 SD_VAE_SCALE = 0.18215  # the scale that the SD-VAE's config records, and that SiT, REPA and SRA train with
-FOREIGN_VAES = {  # what each project's training encodes with
+FOREIGN_VAES = {  # what each project decodes with; REPA and SRA encode with sd-vae-ft-mse, whose encoder is the same
     "sit": "stabilityai/sd-vae-ft-ema",
-    "repa": "stabilityai/sd-vae-ft-mse",
+    "repa": "stabilityai/sd-vae-ft-ema",
     "sra": "stabilityai/sd-vae-ft-ema",
 }
 FOREIGN_PATHS = {"linear": "linear", "cosine": "cosine", "cos": "cosine", "gvp": "cosine"}  # by lower-case name

@@ -56,6 +56,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import os
 from collections import Counter, deque
@@ -80,7 +81,7 @@ from preprocessing.store_writer import (
     resumed_config,
     shard_size,
 )
-from runtime.distributed import allow_tf32, barrier, choose_device, copy_to_host_async, hold_directory
+from runtime.distributed import allow_tf32, barrier, choose_device, copy_to_host_async, hold_directory, run_on_rank0
 from runtime.files import Field
 from runtime.images import center_crop, read_image
 from runtime.loading import loading, wait_for_batches, worker_errors
@@ -290,17 +291,17 @@ def main(argv: list[str] | None = None) -> None:
     if saved and "limit" not in given:
         config = dataclasses.replace(config, limit=saved["images"])
 
-    # The images, the VAE, the store.
+    # The images, as rank 0 finds them; the VAE, the store.
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    source = open_source(config.source)
+    if world_size > 1:
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=config.timeout))
+    source = run_on_rank0(functools.partial(open_source, config.source))
     if rank == 0:
         print(f"{config.source}: {describe(source)}", flush=True)
     items = list(range(len(source.names)))
     if config.limit is not None and config.limit < len(items):
         items = [place * len(items) // config.limit for place in range(config.limit)]
     vae = open_vae(config)
-    if world_size > 1:
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=config.timeout))
     with hold_directory(Path(config.output_dir), check_directory):
         make_store(config, source, items, vae, rank, world_size)
         if config.verify and rank == 0:

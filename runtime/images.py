@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from runtime.progress import Progress
+
 # Pillow's readers that may see a file, whatever its name: no other (an EPS named .png would start Ghostscript).
 FORMATS = "AVIF BMP GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split()
 # Only these are looked at; what is inside is decided by content, so that a PNG named .jpg is read.
@@ -47,7 +49,8 @@ def file_names(directory: str | Path) -> list[str]:
     """
     names = []
     above = {str(directory): (os.path.realpath(directory),)}  # of each directory to come: the true places on its way
-    for root, directories, files in os.walk(directory, onerror=_unreadable, followlinks=True):
+    walk = os.walk(directory, onerror=_unreadable, followlinks=True)
+    for root, directories, files in Progress(walk, f"listing {directory}", unit=" directories", delay=5, leave=False):
         way = above.pop(root)
         places = {name: os.path.realpath(os.path.join(root, name)) for name in directories if not is_hidden(name)}
         directories[:] = [name for name in places if not any(_is_in(place, places[name]) for place in way)]

@@ -183,7 +183,7 @@ def test_repas_file_has_our_time_and_loses_its_projectors(legacy, tmp_path):
     path = save({"ema": stored, "model": {}, "opt": {}, "args": args, "steps": 400_000}, tmp_path / "0400000.pt")
     info = check_equal(path, as_ours(state))
     assert (info["format"], info["step"], info["resolution"]) == ("repa", 400_000, 256)
-    assert info["vae"] == "stabilityai/sd-vae-ft-mse"
+    assert info["vae"] == "stabilityai/sd-vae-ft-ema"
     assert info["read_as"].startswith("REPA's file: EMA weights; projectors dropped")
     assert ("decoder_blocks renamed" in info["read_as"]) == legacy
 

@@ -351,6 +351,14 @@ def test_two_processes_write_the_bytes_of_one(images, vae, undisturbed, tmp_path
     assert contents(tmp_path / "store") == contents(undisturbed)
 
 
+def test_rank_0_lists_the_images_for_all(images, vae, undisturbed, tmp_path, monkeypatch):
+    listed = dump_latents.open_source(images)
+    monkeypatch.setattr(dump_latents, "open_source", lambda path: pytest.fail("listed by a rank for itself"))
+    monkeypatch.setattr(dump_latents, "run_on_rank0", lambda compute: listed)
+    run(images, tmp_path / "store", vae, "--flip", "--keep-images")
+    assert contents(tmp_path / "store") == contents(undisturbed)
+
+
 def test_a_complete_store_is_left_alone(images, vae, undisturbed, capsys):
     before = contents(undisturbed)
     run(images, undisturbed, vae, "--flip", "--keep-images", "--batch-size", 3)
