@@ -259,7 +259,7 @@ def changed(**tensors):
 def test_what_is_no_sit_is_named(content, message, tmp_path):
     path = save(content, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=message) as error:
-        load_sit(path, format="sit")
+        load_sit(path)
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
 
