@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState, PartialState
 import sample_ddp
 from models import load
 from models.load import load_sit
+from reporting.log import read_log
 from tests.stores import make_store, make_vae, save_checkpoint
 from tests.test_checkpoint import INFO, make
 from tests.test_ranks import start
@@ -64,6 +65,30 @@ def test_a_run_is_one_run_for_its_tracker_through_any_number_of_stops(data, tmp_
     assert [kwargs["tensorboard"]["purge_step"] for kwargs in seen] == [1, 2, 3, 1]
     state = load.read_state(load.latest_checkpoint(tmp_path / "run"))
     assert state["tracker_run"] == ids[0]
+
+
+@pytest.mark.slow
+def test_a_run_stopped_five_times_is_the_undisturbed_one(data, tmp_path, monkeypatch):
+    """One wandb run, no step twice; learning rate, weights, moments and EMAs bit for bit."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = {"lr_schedule": "cosine", "lr_decay_steps": 6, "lr_warmup_steps": 2, "log_every": 1}
+    options |= {"ema_warmup": True, "ema_decay": (0.9, 0.5), "ema_power": (0.1,)}
+    whole = run(data, tmp_path / "whole", max_train_steps=6, **options)
+    for steps in range(1, 7):
+        folder = run(data, tmp_path, max_train_steps=steps, report_to="wandb", **options)
+    names = [path.name for path in (folder / "wandb").glob("offline-run-*")]
+    assert len(names) == 6
+    assert len({name.rsplit("-", 1)[1] for name in names}) == 1
+    rows, expected = read_log(folder), read_log(whole)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for name in ("loss", "learning_rate", "grad_norm"):
+        assert [row[name] for row in rows] == [row[name] for row in expected]
+    newest, undisturbed = load.latest_checkpoint(folder), load.latest_checkpoint(whole)
+    files = [path.name for path in undisturbed.iterdir() if path.suffix in (".safetensors", ".pt")]
+    assert {"ema.safetensors", "ema-0.5.safetensors", "ema-power-0.1.safetensors", "optimizer.pt"} <= {*files}
+    for name in files:
+        assert (newest / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
 def tuned(data, tmp_path, source, **changes):
