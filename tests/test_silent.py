@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file, save_file
 
 import train
+from dataset import LatentDataset
 from diffusion.guidance import guided_velocity
 from diffusion.samplers import sample_ode
 from models import load
@@ -175,3 +176,12 @@ def test_every_setting_of_a_run_says_what_a_resume_may_do_with_it():
     found = {field.name: field.metadata["on_resume"] for field in dataclasses.fields(TrainConfig)}
     assert found == expected
     assert np.unique(list(found.values())).tolist() == ["announced", "fixed", "free"]
+
+
+def test_one_rank_of_each_node_reads_all_of_the_data(data, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(LatentDataset, "damaged_files", lambda self, whole: seen.append(whole) or [])
+    run(data, tmp_path, verify_data=True, max_train_steps=1)
+    monkeypatch.setattr(PartialState, "is_local_main_process", property(lambda self: False))
+    run(data, tmp_path, verify_data=True, max_train_steps=1, exp_name="beside")
+    assert seen == [True, False]

@@ -234,7 +234,8 @@ def check_data(config: TrainConfig, store: LatentDataset, checkpoint: Path | Non
     Raises:
         ValueError: the store is damaged (with --verify-data all of it is read), or not the run's.
     """
-    damaged = store.damaged_files(whole=config.verify_data)
+    # All of it is read by one rank of each node: those beside it read the same disk.
+    damaged = store.damaged_files(whole=config.verify_data and PartialState().is_local_main_process)
     if damaged:
         raise ValueError(f"damaged store {config.data_dir}: {', '.join(damaged)} changed since; dump the images again")
     # Runs of older code recorded the digest of meta.json, which says more than what the data are.
