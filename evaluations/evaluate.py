@@ -36,8 +36,8 @@ class EvaluateConfig:
 
     metrics: str | None = measured(
         None,
-        "comma-separated: fid, sfid, is, precision, recall, kid; with other features random-frechet, fd-dinov2, "
-        "vae-frechet and so on; by default all but kid",
+        "comma-separated: fid, sfid, is, precision, recall, kid, mind, density, coverage; with other features "
+        "random-frechet, fd-dinov2, vae-frechet and so on; by default all but the last four",
     )
     features: str = measured(
         "inception",

@@ -28,9 +28,10 @@ METRICS = {
     "dinov2": {"fd-dinov2": ("frechet", "pool")},
     "vae": {"vae-frechet": ("frechet", "pool")},
 }
+ON_REQUEST = ("kid", "mind", "density", "coverage")
 for _network, _metrics in METRICS.items():
     _prefix = "" if _network == "inception" else f"{_network}-"
-    _metrics.update({_prefix + kind: (kind, "pool") for kind in ("precision", "recall", "kid")})
+    _metrics.update({_prefix + kind: (kind, "pool") for kind in ("precision", "recall", *ON_REQUEST)})
 FULL_COUNT = 50_000  # samples of published values
 REFERENCE_COUNT = 10_000  # images of the 256 x 256 reference
 
@@ -40,7 +41,7 @@ class Settings:
     """What determines the metrics, apart from the images and the networks.
 
     Attributes:
-        metrics: names from `METRICS`; empty for all but KID of the chosen networks.
+        metrics: names from `METRICS`; empty for all but those on request of the chosen networks.
         distance: "fp16" or "fp32", for precision and recall.
         k: neighbours, for precision and recall.
         split_size: images of a split of the inception score.
@@ -59,7 +60,8 @@ class Settings:
 def choose_metrics(
     names: Iterable[str], features: Iterable[str], reference: bool, saving: bool = False
 ) -> tuple[str, ...]:
-    """The metrics to compute: `names`, or all but KID (without a reference: the inception score) of these networks.
+    """The metrics to compute: `names`, or of these networks all but those on request (without a reference: the
+    inception score).
 
     Args:
         names: asked for; may be empty.
@@ -72,7 +74,7 @@ def choose_metrics(
     """
     known = {name: kind for network in features for name, (kind, _) in METRICS[network].items()}
     names = tuple(names) or tuple(
-        name for name, kind in known.items() if kind != "kid" and (reference or kind == "score")
+        name for name, kind in known.items() if kind not in ON_REQUEST and (reference or kind == "score")
     )
     for name in names:
         if name not in known:
@@ -260,21 +262,23 @@ def compute_metrics(
         names: from `METRICS[samples.network.name]`.
         settings: distance, k and split size are taken from here.
     """
-    values, pair = {}, {}
+    values, pairs = {}, {}
     for name in names:
         kind, layer = METRICS[samples.network.name][name]
         if kind == "frechet":
             values[name] = metrics.frechet_distance(*reference.moments(layer), *samples.moments(layer))
         elif kind == "score":
             values[name] = metrics.inception_score(samples.kept(layer), settings.split_size)
-        elif kind == "kid":
-            values[name] = metrics.kid(reference.kept(layer), samples.kept(layer))
+        elif kind in ("kid", "mind"):
+            values[name] = getattr(metrics, kind)(reference.kept(layer), samples.kept(layer))
         else:
-            if not pair:  # precision and recall come together
-                sets = reference.kept(layer), samples.kept(layer)
+            sets = reference.kept(layer), samples.kept(layer)
+            if kind not in pairs and kind in ("precision", "recall"):  # they come together
                 found = metrics.precision_recall(*sets, k=settings.k, distance=settings.distance)
-                pair = dict(zip(("precision", "recall"), found, strict=True))
-            values[name] = pair[kind]
+                pairs |= zip(("precision", "recall"), found, strict=True)
+            elif kind not in pairs:
+                pairs |= zip(("density", "coverage"), metrics.density_coverage(*sets), strict=True)
+            values[name] = pairs[kind]
     return values
 
 

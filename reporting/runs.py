@@ -319,7 +319,7 @@ def hours(rows: Sequence[dict[str, float]], batch_size: int) -> list[float]:
 def direction(metric: str) -> int:
     """-1 if a lower value of the metric is better, 1 if a higher one is, 0 if the name is not known."""
     kind = metric.lower().rpartition("-")[2]
-    if kind in ("fid", "sfid", "frechet", "kid", "mmd") or metric.lower().startswith("fd-"):
+    if kind in ("fid", "sfid", "frechet", "kid", "mind", "mmd") or metric.lower().startswith("fd-"):
         return -1
     return 1 if kind in ("is", "precision", "recall") else 0
 

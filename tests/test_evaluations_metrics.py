@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 
 from evaluations import metrics
-from evaluations.metrics import frechet_distance, inception_score, kid, precision_recall
+from evaluations.metrics import density_coverage, frechet_distance, inception_score, kid, mind, precision_recall
 from tests.golden import adm_golden
 
 
@@ -170,3 +170,55 @@ def test_kid_equals_torch_fidelity_and_is_unbiased():
     assert abs(same) < 0.05 < kid(reference, samples + 1)
     with pytest.raises(ValueError, match="of 2 or more points"):
         kid(reference, samples[:1])
+
+
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("counts", [(20, 33), (33, 20)])
+def test_density_and_coverage_are_their_formulas(k, counts, monkeypatch):
+    """Point by point; whole numbers, so that ties on a ball's border, which it does not hold, are exact."""
+    monkeypatch.setattr(metrics, "BLOCK_ROWS", 6)
+    monkeypatch.setattr(metrics, "BLOCK_COLUMNS", 10)
+    rng = np.random.default_rng(5)
+    reference = rng.integers(0, 4, (counts[0], 3)).astype(np.float32)
+    samples = rng.integers(0, 5, (counts[1], 3)).astype(np.float32)
+    balls, covered = 0, 0
+    for i, point in enumerate(reference):
+        others = sorted(np.square(point - other).sum() for j, other in enumerate(reference) if j != i)
+        inside = sum(np.square(point - sample).sum() < others[k - 1] for sample in samples)
+        balls, covered = balls + inside, covered + (inside > 0)
+    expected = balls / (k * len(samples)), covered / len(reference)
+    assert density_coverage(reference, samples, k) == pytest.approx(expected)
+
+
+def test_density_and_coverage_of_equal_sets_and_of_a_collapsed_one():
+    rng = np.random.default_rng(6)
+    reference, others = rng.standard_normal((2, 1000, 8)).astype(np.float32)
+    density, coverage = density_coverage(reference, others)
+    assert density == pytest.approx(1, abs=0.1)
+    assert coverage == pytest.approx(1 - 0.5**5, abs=0.03)  # the k nearest of 2 N points are all of one set
+    collapsed = reference[:1] + 0.01 * others
+    assert density_coverage(reference, collapsed)[1] < 0.1
+    with pytest.raises(ValueError, match="6 reference"):
+        density_coverage(reference[:5], others)
+
+
+def test_mind_is_the_distance_of_sorted_projections():
+    from scipy.stats import wasserstein_distance  # of order 1: what is compared below is of order 2
+
+    rng = np.random.default_rng(7)
+    x, y = rng.standard_normal((400, 5)), rng.standard_normal((400, 5))
+    assert mind(x, x) == 0
+    # A shift moves every projection by its own share: 3 D E[(w . shift)^2] = 3 |shift|^2.
+    shift = np.array([1.0, 0, -2, 0, 0.5])
+    assert mind(x, x + shift, directions=20_000) == pytest.approx(3 * np.square(shift).sum(), rel=0.03)
+    # In one dimension there is one direction, up to its sign.
+    first, second = x[:, :1], y[:, :1] * 2
+    expected = 3 * np.square(np.sort(first[:, 0]) - np.sort(second[:, 0])).mean()
+    assert mind(first, second) == pytest.approx(expected)
+    assert np.sqrt(mind(first, second) / 3) >= wasserstein_distance(first[:, 0], second[:, 0])
+    # Of the larger set as many are drawn as the smaller one has.
+    assert mind(x, rng.permutation(x)) == pytest.approx(0, abs=1e-20)
+    assert 0 < mind(x, np.concatenate([x, x, x])) < 0.3
+    for broken, message in ((x[:, :4], "one width"), (x[:0], "finite features"), (x * np.nan, "finite features")):
+        with pytest.raises(ValueError, match=message):
+            mind(x, broken)
