@@ -131,20 +131,22 @@ def training_loss(
     """
     y_t = interpolant.interpolate(z, eps, t)
     output, projected = model(y_t, t, y)
-    velocity, target = interpolant.predicted_velocity(output, y_t, t, B_FLOOR), interpolant.velocity(z, eps, t)
-    if interpolant.prediction == "x":  # with the same divisor, so that the exact z has no loss
-        target = interpolant.predicted_velocity(z, y_t, t, B_FLOOR)
+    velocity = interpolant.predicted_velocity(output, y_t, t, B_FLOOR)
+    if interpolant.prediction == "v":
+        v_target = interpolant.velocity(z, eps, t)
+    else:  # with the same divisor, so that the exact z has no loss
+        v_target = interpolant.predicted_velocity(z, y_t, t, B_FLOOR)
     # Eq. 4: a mean per sample, then over the batch.
-    error = velocity - target
+    error = velocity - v_target
     losses = {"velocity": error.square().flatten(1).mean(dim=1).mean()}
     total = losses["velocity"]
     for name, alignment in alignments.items():
-        f_sit, target = projected[name], targets.get(name)
-        f_sit, target = f_sit if isinstance(f_sit, tuple) else (f_sit, target)
+        f_sit, f_target = projected[name], targets.get(name)
+        f_sit, f_target = f_sit if isinstance(f_sit, tuple) else (f_sit, f_target)
         if name not in targets:  # its head stays in the graph: DDP waits for the gradients of all
             losses[f"align_{name}"] = 0 * at_least_float32(f_sit).sum()
             total = total + losses[f"align_{name}"]
             continue
-        losses[f"align_{name}"] = alignment.loss(f_sit, target, t)
+        losses[f"align_{name}"] = alignment.loss(f_sit, f_target, t)
         total = total + alignment.weight * losses[f"align_{name}"]  # Eq. 8
     return {"total": total, **losses}

@@ -31,7 +31,7 @@ from alignment.registry import needs_of
 from alignment.terms import Batch
 from diffusion.interpolant import Interpolant, choose_shift, shift_time
 from loss import Alignment, training_loss
-from models.load import latest_checkpoint
+from models.load import has_null_class, latest_checkpoint
 from models.sit import SiTConfig
 from reporting.report import write_report
 from runtime.loading import wait_for_batches, worker_errors
@@ -139,7 +139,7 @@ def sample_grid(run: Run, images: int) -> Tensor:  # -> (images, R, R, 3) uint8
     y = torch.from_numpy(classes).to(device).repeat(-(-count // len(classes)))[:count].sort().values
     x, y = x[:images], y[:images]
     # Without dropped labels the null class was never trained: nothing to guide with.
-    guidance = config.sampling_guidance if config.label_dropout else 1.0
+    guidance = config.sampling_guidance if has_null_class(run.state) else 1.0
     with run.accelerator.autocast():
         solver = "ode-euler", config.sampling_num_steps, run.interpolant
         shift = choose_shift(config.time_shift, x.shape[1:])

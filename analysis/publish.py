@@ -146,6 +146,7 @@ def find_samples(run_dir: Path | None, info: dict[str, Any], given: list[Path]) 
             )
         if settings["guidance_scale"] == 1 or settings["guidance_interval"] == (0, 1):
             settings["guidance_interval"] = None  # none is needed to tell how they were drawn
+        settings["unusual"] = samples.unusual
         # Another step's are welcome as a picture; the same step's must be of the same weights.
         if same or settings["step"] not in (None, info["step"]):
             found.append(dataclasses.replace(samples, settings=settings))

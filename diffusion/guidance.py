@@ -41,9 +41,10 @@ class HeadGuidance:
     interval: tuple[float, float]
     path: Interpolant
 
-    def holds(self, t: float) -> bool:
+    def holds(self, t: float, gate: float) -> bool:
+        """Whether it guides at t, of a step that the interval takes as one at the time `gate`."""
         low, high = self.interval[0] - ROUNDING, self.interval[1] + ROUNDING
-        return self.scale != 1 and low <= t <= high and (t > ROUNDING or self.network.predicts_velocity)
+        return self.scale != 1 and low <= gate <= high and (t > ROUNDING or self.network.predicts_velocity)
 
 
 def guided_velocity(
@@ -101,10 +102,10 @@ def guided_velocity(
     interpolant = interpolant or Interpolant()
     y_both = torch.cat([y, torch.full_like(y, null_class)])  # (2N,)
 
-    def network(x: Tensor, t: float, y: Tensor, model=model) -> Tensor:  # (M, C, H, W), (M,) -> (M, C, H, W)
+    def network(x: Tensor, t: float, gate: float, y: Tensor, model=model) -> Tensor:  # (M, C, H, W), (M,) -> as x
         times = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         with torch.autocast(x.device.type, autocast) if autocast else nullcontext():
-            if model is guide or head is None or not head.holds(t):
+            if model is guide or head is None or not head.holds(t, gate):
                 return interpolant.predicted_velocity(at_best_float64(model(x.float(), times, y)), x, t)
             v, v_mid = map(at_best_float64, head.network(x.float(), times, y))
         v, x = interpolant.predicted_velocity(v, x, t), at_best_float64(x)
@@ -114,11 +115,11 @@ def guided_velocity(
     def velocity(x: Tensor, t: float, gate: float | None = None) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
         gate = t if gate is None else gate
         if scale == 1 or not low - ROUNDING <= gate <= high + ROUNDING:
-            return network(x, t, y)
+            return network(x, t, gate, y)
         if guide is None:
-            v_class, v_null = network(torch.cat([x, x]), t, y_both).chunk(2)
+            v_class, v_null = network(torch.cat([x, x]), t, gate, y_both).chunk(2)
         else:
-            v_class, v_null = network(x, t, y), network(x, t, y, guide)
+            v_class, v_null = network(x, t, gate, y), network(x, t, gate, y, guide)
         v = v_null + scale * (v_class - v_null)
         return v if channels == "all" else torch.cat([v[:, :3], v_class[:, 3:]], dim=1)
 

@@ -40,10 +40,11 @@ STATE = {  # the fields of state.json, which training/checkpoint.py writes
     "config": Field(None),  # a record of its own: training/config.py
     "classes_present": Field(None),  # those that had images in training; not known of older runs
     **dict.fromkeys(
-        "data_digest initial repa_digest processes micro_batch tracker_run versions git_revision machine date".split(),
-        Field(None),
+        "data_digest initial repa_digest processes tracker_run versions git_revision machine date".split(), Field(None)
     ),
+    "micro_batch": Field({}),  # not divided
 }
+LEAST_TIME = 0.05  # of guidance by a head's latent: towards it v-networks' velocities grow as 1/t
 SD_VAE_SCALE = 0.18215  # the scale that the SD-VAE's config records, and that SiT, REPA and SRA train with
 FOREIGN_VAES = {  # what each project decodes with; REPA and SRA encode with sd-vae-ft-mse, whose encoder is the same
     "sit": "stabilityai/sd-vae-ft-ema",
@@ -171,22 +172,31 @@ def load_sit(path: str | Path, ema: str | None = None, format: str | None = None
 
 
 def guide_head(info: dict[str, Any]) -> tuple[str, list[int], tuple[float, float]]:
-    """Method, depths and trained times of the head by which the model of `load_sit` can be guided: Internal Guidance's,
-    or that of VAE-REPA. Of several depths the first is meant.
+    """Method, depths and times of the head by which the model of `load_sit` can be guided: Internal Guidance's, or that
+    of VAE-REPA. Of several depths the first is meant. The times are those that the head was trained at, and for a
+    latent beside a network of velocities from `LEAST_TIME` on.
 
     Raises:
-        ValueError: there is none, or one without the scale of the latents.
+        ValueError: there is none, or one that is not trained, or without the scale of the latents.
     """
     config = info.get("config") or {}
     method = next((name for name in ("ig", "vae") if name in config.get("align", "").split("+")), None)
     if method is None or not info.get("heads"):
-        why = "its EMA was not kept by older code: resume the run" if method else "train with --align vae, or ig"
+        why = "this EMA was kept without one; resume the run for it" if method else "train with --align vae, or ig"
         raise ValueError(f"--head-guidance: expected a head that can guide in {info['source']}, found none ({why})")
-    normalized = config["align_normalize"] not in ("none", False)  # a bool in older records
-    if method == "vae" and (normalized or config["align_objective"].startswith("cosine")):
+    prefix = {"vae": "align"}.get(method, method)
+    kind, _, end = config[f"{prefix}_schedule"].partition(":")
+    if config[f"{prefix}_weight"] == 0 or (end and int(end) <= info["step"]):
+        found = f"--{prefix}-weight 0" if config[f"{prefix}_weight"] == 0 else f"--{prefix}-schedule {kind}:{end}"
+        raise ValueError(f"--head-guidance: expected a head that was trained until step {info['step']}, found {found}")
+    if method == "vae" and (config["align_normalize"] != "none" or config["align_objective"].startswith("cosine")):
+        normalized = config["align_normalize"] != "none"
         found = "--align-normalize" if normalized else f"--align-objective {config['align_objective']}"
         raise ValueError(f"--head-guidance: expected a head that knows the latents' scale, found {found}; leave it out")
-    return method, config["ig_depth" if method == "ig" else "align_depth"], tuple(config["align_time_range"])
+    low, high = config["align_time_range"]
+    if method == "vae" and info["prediction"] == "v":
+        low = max(low, LEAST_TIME)
+    return method, config[f"{prefix}_depth"], (low, max(low, high))
 
 
 def load_head(sit: SiT, info: dict[str, Any]) -> HeadedSiT:

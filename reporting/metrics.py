@@ -50,7 +50,7 @@ def describe(one: Samples, with_run: bool) -> str:
     parts.append("no guidance" if one.scale == 1 else f"guidance {one.scale:g} on {one.interval}")
     steps = one.settings.get("num_steps")
     parts.append(one.settings.get("sampler", "unknown solver") + (f", {steps} steps" if steps else ""))
-    return ", ".join(parts)
+    return ", ".join(filter(None, [*parts, one.unusual]))
 
 
 def over_steps(group: list[Samples], metric: str) -> Lines:

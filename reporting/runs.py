@@ -35,7 +35,10 @@ RECIPE: dict[str, Callable[[Any], str]] = {
     "time_shift": lambda value: "" if value == 1 else f"times shifted by {value:g}",
     "head_guidance": lambda value: f"head guidance {value:g}",
     "head_guidance_interval": lambda value: "by the head on t {:g} to {:g}".format(*value),
-    "uint8_rule": lambda value: "pixels cut off" if value.startswith("floor(clamp(255") else "",
+    "uint8_rule": lambda value: {"floor(clamp(255": "pixels cut off", "round(clamp(255": "pixels rounded"}.get(
+        value.partition(" ")[0], ""
+    ),
+    "vae_decoder": lambda value: f"decoded by {value[:12]}",
     "num_samples": lambda value: f"{value:,} images",
     "labels": lambda value: f"{value} labels",
     "classes": lambda value: f"classes {' '.join(map(str, value))}",
@@ -86,6 +89,14 @@ class Samples:
         if self.scale == 1 or not interval:
             return "none"
         return "all t" if list(interval) == [0, 1] else "t {:g} to {:g}".format(*interval)
+
+    @property
+    def unusual(self) -> str:
+        """What of the recipe few samples have: the text of all but solver, class guidance, number and labels."""
+        usual = (
+            "sampler num_steps last_step_size guidance_scale guidance_interval vae_decoder num_samples labels classes"
+        )
+        return ", ".join(filter(None, self.recipe(usual.split())))
 
     def recipe(self, without: Sequence[str] = ()) -> tuple[str, ...]:
         """The settings of `RECIPE` as text, empty where there is none, and for those of `without`."""
@@ -321,7 +332,7 @@ def direction(metric: str) -> int:
     kind = metric.lower().rpartition("-")[2]
     if kind in ("fid", "sfid", "frechet", "kid", "mind", "mmd") or metric.lower().startswith("fd-"):
         return -1
-    return 1 if kind in ("is", "precision", "recall") else 0
+    return 1 if kind in ("is", "precision", "recall", "density", "coverage") else 0
 
 
 def preferred(metrics: Iterable[str]) -> str | None:

@@ -135,6 +135,9 @@ def parse_given(
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         groups[title].add_argument(*_spellings(field), **_argument(field, hints[name]))
+        if field.metadata["bare"]:
+            off = {"action": "store_const", "const": field.default, "default": argparse.SUPPRESS}
+            groups[title].add_argument("--no-" + _spellings(field)[0][2:], dest=name, help=argparse.SUPPRESS, **off)
 
     argv = list(sys.argv[1:] if argv is None else argv)
     if positional and argv and not argv[0].startswith("-"):
@@ -148,6 +151,9 @@ def parse_given(
     if preset:
         layers.insert(0, _read_yaml(parser, f"--preset {preset}: ", _preset_file(parser, preset), fields, hints))
     given = dict(item for _, layer in layers for item in layer.items())
+    # What a preset alone says is no wish to change a run that is resumed.
+    kept = {name for name in layers[0][1] if preset and fields[name].metadata["on_resume"] != "fixed"}
+    kept -= {name for _, layer in layers[1:] for name in layer}
     values = {name: field.default for name, field in settings.items()}
     names = set(given)
     for parser.source, layer in layers:
@@ -159,7 +165,7 @@ def parse_given(
         parser.error(f"missing {', '.join(missing)} (see --help)")
     for name, value in values.items():
         values[name] = tuple(map(_at_home, value)) if isinstance(value, (list, tuple)) else _at_home(value)
-    return config_class(**values), frozenset(names)
+    return config_class(**values), frozenset(names - kept)
 
 
 def _translated(parser: _Parser, layer: dict, given: dict, settings: dict, other: type | None) -> dict[str, Any]:
@@ -282,7 +288,7 @@ def _yaml_to_flags(parser: _Parser, path: str, fields: dict[str, dataclasses.Fie
         spelling = "--" + str(key).replace("_", "-")
         if value in ("", "null"):
             continue  # `key:` with nothing behind it keeps the default
-        if _is_bool(hints[name]):
+        if _is_bool(hints[name]) or (fields[name].metadata["bare"] and value in ("true", "false")):
             if str(value).lower() not in ("true", "false"):
                 parser.error(f"{key}: expected true or false, found {value!r}")
             flags.append(spelling if value.lower() == "true" else "--no-" + spelling[2:])

@@ -16,7 +16,7 @@ import train
 from alignment.registry import METHODS
 from alignment.terms import normalize_tokens
 from loss import Alignment, alignment_loss
-from models.load import load_sit, read_state
+from models.load import latest_checkpoint, load_sit, read_state
 from models.projector import ConvHead
 from reporting.log import read_log
 from runtime import cli
@@ -24,7 +24,7 @@ from runtime.files import fields_of
 from sampling.config import SampleConfig
 from tests.stores import ENCODER, make_store, make_vae
 from tests.test_convert import random_state
-from training.config import TrainConfig
+from training.config import TrainConfig, settings_by
 from training.run_dir import resumed_config
 
 # sihyun-yu/REPA@67f7145, README.md: its two commands, with other paths.
@@ -358,7 +358,9 @@ def test_presets_are_exact(preset):
     values, depths = TABLE[preset]
     found = dataclasses.asdict(config)
     assert {name: found[name] for name in EVERY | values} == EVERY | values
-    assert set(values) | set(EVERY) - {"align_time_range", "random_flip"} <= given
+    fixed = settings_by(on_resume="fixed")  # what may change on resume is no wish to change it
+    assert (set(values) | set(EVERY) - {"align_time_range", "random_flip"}) & fixed <= given
+    assert not given & settings_by(on_resume="announced")
     assert config.preset == preset
     by_size = METHODS[config.align].default_depths
     assert {name: (by_size[name]["B"], by_size[name]["XL"]) for name in depths} == depths
@@ -432,3 +434,14 @@ def test_old_runs_of_sra_resume_with_what_they_recorded():
     old = dataclasses.asdict(config) | {"sra_weight": 0.2, "sra_schedule": "sra", "sra_objective": "smooth_l1"}
     resumed = resumed_config(config, frozenset({"align"}), old, Path("state.json"))
     assert (resumed.sra_weight, resumed.sra_schedule, resumed.sra_objective) == (0.2, "sra", "smooth_l1")
+
+
+def test_a_preset_resumes_a_run_of_its_settings_and_leaves_its_learning_rate(data, tmp_path):
+    words = [f"--data-dir={data}", f"--output-dir={tmp_path}", "--exp-name=run", *TOY[:1], "--sampling-steps=0"]
+    words += "--num-workers 0 --batch-size 6 --mixed-precision no".split()
+    train.main([*words, "--learning-rate=2e-4", "--max-train-steps=1"])
+    train.main([*words, "--preset=vae-repa", "--batch-size=6", "--max-train-steps=2"])
+    saved = read_state(latest_checkpoint(tmp_path / "run"))["config"]
+    assert (saved["learning_rate"], saved["align"]) == (2e-4, "vae")
+    with pytest.raises(ValueError, match="found --align vae -> sra"):
+        train.main([*words, "--preset=sra", "--batch-size=6", "--max-train-steps=2"])

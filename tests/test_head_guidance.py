@@ -331,6 +331,37 @@ def test_bad_settings_are_one_line(changes, expected, trained, tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_step_that_counts_as_one_time_is_guided_by_that_time():
+    """REPA's Heun: both slopes of a step are guided, by classes and by the head, if its first time is."""
+    sit, y, x = random_sit(), torch.tensor([0, 2]), torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    headed = Headed(sit, lambda x, *_: x, False)
+    velocity = guided_velocity(sit, y, K, 1.0, (0.0, 1.0), head=HeadGuidance(headed, 2.0, (0.0, 0.5), Interpolant()))
+    for t, gate, guided in ((0.5, 0.75, 0), (0.75, 0.5, 1), (0.0, 0.25, 0)):
+        headed.calls = 0
+        velocity(x, t, gate)
+        assert headed.calls == guided
+
+
+def test_a_latents_velocity_is_not_taken_near_the_end():
+    """v_mid = (y - x_mid) / t: from t = 0.05 on, unless the network's own velocity has the same divisor."""
+    config = {"align": "vae", "align_time_range": (0.0, 1.0), "align_depth": [2], "align_normalize": "none"}
+    config |= {"align_objective": "smooth_l1", "align_weight": 1.0, "align_schedule": "constant"}
+    config |= {"ig_depth": [1], "ig_weight": 0.5, "ig_schedule": "off:10"}
+    info = {"config": config, "heads": "h", "source": "run", "step": 9, "prediction": "v"}
+    assert load.guide_head(info) == ("vae", [2], (0.05, 1.0))
+    assert load.guide_head(info | {"prediction": "x"})[2] == (0.0, 1.0)
+    assert load.guide_head(info | {"config": config | {"align_time_range": (0.3, 0.7)}})[2] == (0.3, 0.7)
+    assert load.guide_head(info | {"config": config | {"align": "vae+ig"}}) == ("ig", [1], (0.0, 1.0))
+    # A head that nothing has trained, or no longer.
+    stale = info | {"config": config | {"align": "ig"}, "step": 10}
+    for broken, message in (
+        (stale, "trained until step 10, found --ig-schedule off:10"),
+        (info | {"config": config | {"align_weight": 0}}, "found --align-weight 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load.guide_head(broken)
+
+
 def test_what_has_no_head_that_can_guide_is_refused(data, trained, tmp_path, capsys):
     def line(checkpoint, *more):
         flags = ["--checkpoint", checkpoint, "--output-dir", tmp_path / "out", "--head-guidance", 1.2, *more]
@@ -341,7 +372,7 @@ def test_what_has_no_head_that_can_guide_is_refused(data, trained, tmp_path, cap
     assert "train with --align vae, or ig" in said
     old = shutil.copytree(trained["vae"], tmp_path / "old")
     without_heads(old)
-    assert "its EMA was not kept by older code: resume the run" in line(old)
+    assert "this EMA was kept without one; resume the run for it" in line(old)
     for name, changes in {
         "--align-normalize": {"align_normalize": "spatial"},
         "cosine": {"align_objective": "cosine"},

@@ -40,7 +40,7 @@ def count(name="SiT-S/2", latent_size=16, processes=1, on_gpu=False, **changes):
     machine = SimpleNamespace(num_processes=processes, device=torch.device("cuda" if on_gpu else "cpu"))
     plain = changes.get("align", "vae") != "vae"
     heads = lambda: {} if plain else {"vae": (2, Projector(sit.hidden_size, sit.patch_dim))}  # noqa: E731
-    return memory.count_memory(config, sit, heads, machine), AlignedSiT(SiT(sit), heads()), config
+    return memory.count_memory(config, sit, heads, machine, heads()), AlignedSiT(SiT(sit), heads()), config
 
 
 @pytest.mark.parametrize("changes", [{}, {"mixed_precision": "bf16"}, {"grad_checkpoint": 2}])
@@ -115,6 +115,13 @@ def test_a_micro_batch_is_found_by_memory_and_changes_no_loss(name, data, tmp_pa
     monkeypatch.setattr(memory, "memory_limit", lambda device, held: GIB / 100)
     run(data, tmp_path, **options | {"max_train_steps": 1})
     assert f"micro-batches x {images};" in capsys.readouterr().out
+    # A number that was given is no choice of auto's; and a run of older code was not divided.
+    machine = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    config, found = TrainConfig(data_dir="x", **options), read_state(latest_checkpoint(folder))["micro_batch"]
+    choose = functools.partial(memory.choose_micro_batch, config, machine, lambda: counted, 0, methods={})
+    monkeypatch.setattr(memory, "memory_limit", lambda device, held: limit)
+    assert choose(found=found | {"micro_batch": "2", "images": 2})["images"] == images
+    assert choose(found={})["images"] == 32
 
 
 def test_where_not_one_image_fits_a_line_says_what_to_give(data, tmp_path, monkeypatch):

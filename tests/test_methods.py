@@ -669,8 +669,12 @@ def test_weights_of_something_else_are_not_an_encoder(tmp_path):
         load_encoder(ENCODER, 2, tmp_path / "w.safetensors")
 
 
-def test_the_older_switch_is_still_one():
+def test_the_older_switch_is_still_one(tmp_path):
     words = ["--data-dir", "x", "--align-normalize"]
     assert cli.parse(TrainConfig, words).align_normalize == "spatial"
     assert cli.parse(TrainConfig, [*words, "sample", "--seed", "1"]).align_normalize == "sample"
     assert cli.parse(TrainConfig, [*words, "--seed", "1"]).align_normalize == "spatial"
+    assert cli.parse(TrainConfig, ["--data-dir", "x", "--no-align-normalize"]).align_normalize == "none"
+    for text, value in (("true", "spatial"), ("false", "none"), ("sample", "sample")):
+        (tmp_path / "config.yaml").write_text(f"align_normalize: {text}")
+        assert cli.parse(TrainConfig, [*words[:2], "--config", str(tmp_path / "config.yaml")]).align_normalize == value

@@ -49,6 +49,21 @@ def test_a_plan_is_what_then_happens_and_makes_nothing(data, tmp_path, capsys):
     assert "not measured" in plan_of(data, tmp_path, capsys)["time"]
 
 
+def test_a_plan_counts_passes_and_what_is_left_and_refuses_what_training_does(data, tmp_path, capsys):
+    told = plan_of(data, tmp_path, capsys, max_train_steps=400_000, epochs=80, images_per_second=0.01)
+    assert told["time"].startswith("320 steps, 80.0 epochs: 53.3 h")
+    run(data, tmp_path, max_train_steps=2)
+    told = plan_of(data, tmp_path, capsys, max_train_steps=8, images_per_second=0.01)
+    assert told["time"] == "from step 2 to 8 steps, 2.0 epochs: 1.0 h"
+    for changes, message in (
+        ({"resume": False}, "--no-resume: .* holds a run"),
+        ({"exp_name": "new", "gradient_accumulation_steps": 4}, "batch"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.main(settings(data, tmp_path, dry_run=True, **changes))
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_a_plan_of_the_largest_model_takes_a_moment(data, tmp_path, capsys):
     begin = time.process_time()
     told = plan_of(data, tmp_path, capsys, model="SiT-XL/2", batch_size=256)

@@ -20,8 +20,9 @@ from PIL import Image
 from analysis import report
 from evaluations.evaluator import METRICS
 from reporting import report as page
+from reporting.metrics import describe
 from reporting.report import thinned, write_report
-from reporting.runs import direction, distinct_names, hours, read_runs
+from reporting.runs import Samples, direction, distinct_names, hours, read_runs
 from reporting.values import evenly
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -313,7 +314,9 @@ def test_the_page_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_directions_are_those_of_the_metrics():
-    better = {"frechet": -1, "kid": -1, "score": 1, "precision": 1, "recall": 1}
+    better = {"frechet": -1, "kid": -1, "mind": -1} | dict.fromkeys(
+        "score precision recall density coverage".split(), 1
+    )
     for network in METRICS.values():
         for name, (kind, _) in network.items():
             assert direction(name) == better[kind], name
@@ -590,3 +593,15 @@ def test_the_slider_and_the_buttons_work(shown):
 @browser
 def test_an_evil_name_runs_nothing(shown):
     assert probe(shown, "return [document.querySelectorAll('[onerror]').length, document.scripts.length]") == [0, 3]
+
+
+def test_a_recipe_that_few_have_is_said_and_decoders_are_told_apart(tmp_path):
+    settings = {"step": 4, "sampler": "sde", "num_steps": 250, "guidance_scale": 1, "num_samples": 5}
+    one = Samples(tmp_path, "xl2", settings, {}, {}, "", [], None)
+    assert describe(one, False) == "step 4, no guidance, sde, 250 steps"
+    guided = dataclasses.replace(
+        one, settings=settings | {"head_guidance": 1.4, "time_shift": 1, "vae_decoder": "a" * 64}
+    )
+    assert describe(guided, False) == "step 4, no guidance, sde, 250 steps, head guidance 1.4"
+    other = dataclasses.replace(guided, settings=guided.settings | {"vae_decoder": "b" * 64})
+    assert guided.recipe() != other.recipe()

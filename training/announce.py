@@ -7,6 +7,7 @@ import warnings
 import torch
 
 from alignment.registry import METHODS, parse_align
+from models.load import has_null_class
 from runtime.seeding import block_generator
 from training.config import settings_by
 from training.setup import Run
@@ -22,7 +23,7 @@ def warn_of_settings(run: Run, given: frozenset[str]) -> None:
         if method not in names and unused:
             flags = ", ".join("--" + name.replace("_", "-") for name in unused)
             warnings.warn(f"{flags} does nothing: --align {config.align} has no {method}", stacklevel=2)
-    if config.sampling_steps and not config.label_dropout and config.sampling_guidance != 1:
+    if config.sampling_steps and not has_null_class(run.state) and config.sampling_guidance != 1:
         warnings.warn(
             "grids are drawn without guidance: with --label-dropout 0 the null class is not trained", stacklevel=2
         )

@@ -36,6 +36,8 @@ from runtime.files import fsync, sha256, to_checksummed_json
 from training.config import TrainConfig
 from training.optimizer import fix_loaded_state
 
+NOT_WRITTEN = (OSError, SafetensorError, RuntimeError)  # torch and safetensors wrap what the system says
+
 
 def make_records(
     config: TrainConfig,
@@ -196,7 +198,7 @@ class CheckpointWriter:
         try:
             write_checkpoint(self.run_dir, step, content, info)
             self.error = None
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap what the system says
+        except NOT_WRITTEN as error:
             saved = latest_checkpoint(self.run_dir)
             self.error = ValueError(
                 f"cannot write the checkpoint of step {step} to {self.run_dir} ({' '.join(str(error).split())[:200]}); "

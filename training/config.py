@@ -42,7 +42,9 @@ class RunSettings:
     verify_data: bool = _data(False, "compare the digests of the whole store before the first step", on_resume="free")
 
     preset: str | None = _run(
-        None, "flags of a published method: a file of configs/ by its name; others' win over them"
+        None,
+        "flags of a published method: a file of configs/ by its name; others' win over them",
+        on_resume="free",  # its flags are compared one by one
     )
     output_dir: str = _run("exps", "directory of all runs", on_resume="free")
     exp_name: str | None = _run(None, "name of this run; by default made of model and alignment", on_resume="free")
@@ -206,6 +208,8 @@ class TrainConfig(AlignmentSettings, RunSettings):
         for names, holds, expected in _RANGES:
             for name in names.split():
                 check(self, name, holds(getattr(self, name)), expected)
+        if self.time_shift != "auto":  # one text for one number
+            object.__setattr__(self, "time_shift", f"{float(self.time_shift):.12g}")
         number = self.micro_batch.isdecimal() and int(self.micro_batch) >= 1
         check(self, "micro_batch", self.micro_batch == "auto" or number, "auto or a number of at least 1")
         if self.lr_schedule in ("cosine", "linear"):

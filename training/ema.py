@@ -100,9 +100,10 @@ class EMAUpdater:
 
 
 def with_heads(
-    emas: Mapping[str, nn.Module], sit: nn.Module, heads: nn.ModuleDict, config: TrainConfig
+    emas: Mapping[str, nn.Module], sit: nn.Module, heads: Mapping[str, nn.Module], config: TrainConfig
 ) -> tuple[dict[str, nn.Module], EMAUpdater]:
     """The EMAs of `sit` and, beside each, that of `heads`, by names with `HEADS` (none of no heads); their updater."""
+    heads = nn.ModuleDict(heads)
     copies = {name: copy.deepcopy(heads).eval().requires_grad_(False) for name in emas}
     pairs = [nn.ModuleList(pair) for pair in zip(emas.values(), copies.values(), strict=True)]
     updater = EMAUpdater(pairs, nn.ModuleList([sit, heads]), decays(config).values())

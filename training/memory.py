@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from alignment.registry import METHODS, needs_of
+from alignment.registry import needs_of
 from alignment.terms import AlignmentTerms
 from models.aligned import AlignedSiT
 from models.sit import SiT, SiTConfig
@@ -30,8 +30,10 @@ GIB = 2**30
 MARGIN = 0.1  # of the memory is left free: for the kernels' workspaces, and what is lost between blocks of memory
 GRID_MAPS = 3 * 256  # channels at full resolution that the SD-VAE's decoder holds at once, in float32
 GRID_BLOCK = 16  # images that are decoded at once
-DECIDES = "batch_size gradient_accumulation_steps mixed_precision grad_checkpoint zero1 sampling_count".split()
-Heads = Callable[[], dict[str, tuple[int, nn.Module]]]
+DECIDES = (
+    "batch_size gradient_accumulation_steps micro_batch mixed_precision grad_checkpoint zero1 sampling_count".split()
+)
+Heads = Callable[[], dict[str, tuple[int | tuple[int, ...], nn.Module]]]
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,15 @@ class TrainingMemory:
         return max((m for m in whole if self.needed(m) <= (1 - MARGIN) * limit), default=0)
 
 
-def count_memory(config: TrainConfig, sit: SiTConfig, heads: Heads, accelerator: Accelerator) -> TrainingMemory:
+def count_memory(
+    config: TrainConfig, sit: SiTConfig, heads: Heads, accelerator: Accelerator, guiding: Iterable[str]
+) -> TrainingMemory:
     """What a step of this run needs.
 
     Args:
         config: with every None decided.
         sit: of the backbone. heads: makes the heads anew, as `AlignedSiT` takes them.
+        guiding: the terms whose heads have EMAs, too.
         accelerator: of the processes that train. On a GPU autocast leaves the normalisations in float32.
     """
     processes = accelerator.num_processes
@@ -90,9 +95,7 @@ def count_memory(config: TrainConfig, sit: SiTConfig, heads: Heads, accelerator:
             model.sit.checkpoint_every = config.grad_checkpoint
             one, two = (count_activations(model, low, images) for images in (1, 2))
         parameters, averaged = list(model.parameters()), [*model.sit.parameters(), *model.sit.buffers()]
-        for term, head in model.heads.items():  # those that can guide have EMAs, too
-            if METHODS[term.rstrip("0123456789").rstrip("_")].guides:
-                averaged += head.parameters()
+        averaged += [parameter for term in guiding for parameter in model.heads[term].parameters()]
         weights, networks = size(parameters), len(decays(config))
         share = config.batch_size // processes
         latent = 4 * sit.in_channels * sit.latent_size**2
@@ -156,7 +159,7 @@ def memory_limit(device: torch.device, counted: int) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) + counted
 
 
-def held_bytes(model: AlignedSiT, emas: Mapping[str, SiT], optimizer: torch.optim.Optimizer) -> int:
+def held_bytes(model: AlignedSiT, emas: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
     """Of the states that `TrainingMemory` counts, those that are held already."""
     held = [tensor for network in (model, *emas.values()) for tensor in (*network.parameters(), *network.buffers())]
     return size(held) + size(v for values in local_optimizer(optimizer).state.values() for v in values.values())
@@ -176,7 +179,8 @@ def choose_micro_batch(
     Args:
         count: counts the memory; called where the micro-batch is to be found.
         held: bytes of it that are held already.
-        found: the record of a run that is resumed: it holds for the same settings and machine.
+        found: the record of a run that is resumed: it holds for the same settings and machine. Older code recorded
+            nothing, and divided nothing.
         methods: of the alignment; images that one takes together stay so.
 
     Raises:
@@ -196,7 +200,7 @@ def choose_micro_batch(
         check(
             config, "micro_batch", images % group == 0, f"a multiple of the {group} images that --align takes together"
         )
-    elif limit is not None and share:
+    elif limit is not None and share and found != {}:
         same = found is not None and found.items() >= settings.items()
         memory = None if same else count()
         images = min(gather_objects(found["images"] if same else memory.largest(share, limit, group)))

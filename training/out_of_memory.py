@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.load import latest_checkpoint
-from training.checkpoint import snapshot, write_checkpoint
+from training.checkpoint import NOT_WRITTEN, snapshot, write_checkpoint
 from training.optimizer import local_optimizer
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def saved_if_out_of_memory(run: Run, step: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        with contextlib.suppress(OSError, RuntimeError):  # a full disk; a rank that is gone
+        with contextlib.suppress(*NOT_WRITTEN):  # a full disk; a rank that is gone
             save_alone(run, step)
         saved, reason = latest_checkpoint(run.config.run_dir), str(error).partition(". ")[0]
         raise ValueError(

@@ -115,12 +115,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     # Where the run stands, as rank 0 sees it: its checkpoint, its settings, its data.
     PartialState(cpu=device_type(config) == "cpu", timeout=datetime.timedelta(seconds=config.timeout))
     checkpoint = run_on_rank0(lambda: find_resume_checkpoint(config))
-    state = read_state(checkpoint) if checkpoint else None
-    if state:
-        config = resumed_config(config, given, state["config"], checkpoint / "state.json")
-    store = LatentDataset(config.data_dir, images="images" in needs_of(config.align))
-    config = resolve(epochs_to_steps(config, given, len(store)), store, device_type(config) == "cuda")
-    check_data(config, store, checkpoint, state)
+    config, store, state = settle(config, given, checkpoint)
     accelerator = make_accelerator(config)
     config = compile_if_possible(config, given, accelerator.device)
     vae = load_grid_vae(config, store, accelerator) if config.sampling_steps else None
@@ -131,7 +126,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     emas = {name: copy.deepcopy(sit).eval().requires_grad_(False) for name in decays(config)}
     methods = build_methods(config, store, sit, emas["ema"], accelerator)
     model = AlignedSiT(sit, make_heads(config, methods)).to(accelerator.device)
-    emas, updater = with_heads(emas, sit, guide_heads(model, methods), config)
+    emas, updater = with_heads(emas, sit, {term: model.heads[term] for term in guiding(methods)}, config)
     if config.compile:
         compile_each([*sit.blocks, *model.heads.values()])
 
@@ -139,7 +134,8 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     optimizer, guard = make_optimizer_and_guard(config, model, emas, accelerator, checkpoint)
 
     # What each process reads, in micro-batches that fit.
-    count = functools.partial(count_memory, config, sit.config, lambda: make_heads(config, methods), accelerator)
+    heads, guides = functools.partial(make_heads, config, methods), guiding(methods)
+    count = functools.partial(count_memory, config, sit.config, heads, accelerator, guides)
     held, found = held_bytes(model, emas, optimizer), state and state["micro_batch"]
     micro_batch = choose_micro_batch(config, accelerator, count, held, found, methods)
     sampler, loader = make_loader(config, store, accelerator, micro_batch, state["step"] if state else 0)
@@ -173,6 +169,19 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     )
 
 
+def settle(
+    config: TrainConfig, given: frozenset[str] | None, checkpoint: Path | None
+) -> tuple[TrainConfig, LatentDataset, dict[str, Any] | None]:
+    """The settings, all decided; the data; and the state of the checkpoint that is resumed, if one is."""
+    state = read_state(checkpoint) if checkpoint else None
+    if state:
+        config = resumed_config(config, given, state["config"], checkpoint / "state.json")
+    store = LatentDataset(config.data_dir, images="images" in needs_of(config.align))
+    config = resolve(epochs_to_steps(config, given, len(store)), store, device_type(config) == "cuda")
+    check_data(config, store, checkpoint, state)
+    return config, store, state
+
+
 def epochs_to_steps(config: TrainConfig, given: frozenset[str] | None, images: int) -> TrainConfig:
     """The config with --epochs in --max-train-steps; a resumed run without the flag has its steps from the record."""
     if config.epochs is None:
@@ -183,7 +192,11 @@ def epochs_to_steps(config: TrainConfig, given: frozenset[str] | None, images: i
 
 
 def make_optimizer_and_guard(
-    config: TrainConfig, model: AlignedSiT, emas: dict[str, SiT], accelerator: Accelerator, checkpoint: Path | None
+    config: TrainConfig,
+    model: AlignedSiT,
+    emas: dict[str, torch.nn.Module],
+    accelerator: Accelerator,
+    checkpoint: Path | None,
 ) -> tuple[torch.optim.Optimizer, StepGuard]:
     """Both as they are before the next step; with a checkpoint its values are put into networks and EMAs, too."""
     optimizer = make_optimizer(config, model.parameters())
@@ -362,10 +375,9 @@ def make_heads(config: TrainConfig, methods: dict[str, AlignmentTerms]) -> dict[
     return heads
 
 
-def guide_heads(model: AlignedSiT, methods: dict[str, AlignmentTerms]) -> torch.nn.ModuleDict:
-    """The heads that can guide sampling, by term."""
-    terms = [term for name in methods if METHODS[name].guides for term in methods[name].term_names(name)]
-    return torch.nn.ModuleDict({term: model.heads[term] for term in terms})
+def guiding(methods: dict[str, AlignmentTerms]) -> list[str]:
+    """The terms whose heads can guide sampling: they have EMAs."""
+    return [term for name in methods if METHODS[name].guides for term in methods[name].term_names(name)]
 
 
 def start_records(
