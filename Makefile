@@ -24,7 +24,7 @@ bench: .venv/installed-dev
 bench-gpu: .venv/installed-dev ## on one GPU, ten minutes
 	$(BIN)/python -m benchmarks.bench_gpu
 
-bench-faults: .venv/installed-dev ## kills, flipped bits, cut files, a long run: half an hour
+bench-faults: .venv/installed-dev ## kills and other disturbances, flipped bits, cut files, a long run: an hour
 	$(BIN)/python -m benchmarks.bench_faults
 
 .venv/installed: requirements.txt

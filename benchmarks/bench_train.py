@@ -21,6 +21,7 @@ from models.aligned import AlignedSiT
 from models.projector import Projector
 from models.sit import SiT, SiTConfig
 from preprocessing.store_writer import shard_size
+from runtime.distributed import gather_objects
 from runtime.files import to_checksummed_json
 from training.ema import EMAUpdater
 
@@ -77,6 +78,37 @@ def checkpoint(model: str = "SiT-B/2") -> None:
     about = {"baseline_is": "copying the same tensors", "written_after": written}
     about |= {"model": f"{model} with its head", "bar": "<= 1.1 x"}
     record("checkpoint/pause", pauses, "s", copies, over_baseline=True, **about)
+
+
+def save_seconds(store: str, directory: str, model: str, zero1: bool, times: int) -> list[list[float]]:
+    """Of saves by ranks that train together, the longest of any rank: how long each holds training up, and until it is
+    on the disk. The first is not counted."""
+    with training_run(Path(store), Path(directory), model, batch_size=2, keep_last=1, zero1=zero1) as run:
+        train.train_step(run, 0, [random_batch(1, 32, run.accelerator.device)])  # AdamW has its moments
+        seconds = []
+        for index in range(1 + times):
+            run.accelerator.wait_for_everyone()
+            begin = time.perf_counter()
+            train.save_checkpoint(run, index + 1)
+            pause = time.perf_counter() - begin
+            run.writer.finish()
+            seconds.append([pause, time.perf_counter() - begin])
+        return np.max(gather_objects(seconds), axis=0)[1:].tolist()
+
+
+def zero1(model: str = "SiT-B/2") -> None:
+    """A save of moments that 2 processes have divided, gathering included, beside one of whole moments."""
+    seconds: dict[bool, list[list[float]]] = {False: [], True: []}
+    with tempfile.TemporaryDirectory() as name:
+        store = str(random_store(Path(name) / "store", 32, 64))
+        for turn in range(4):
+            divided = bool(turn % 2)
+            with tempfile.TemporaryDirectory(dir=name) as runs:
+                seconds[divided] += in_own_process(save_seconds, store, runs, model, divided, 3, processes=2)
+    (whole_pause, whole), (pause, saved) = (list(zip(*seconds[key], strict=True)) for key in (False, True))
+    about = {"baseline_is": "a save of 2 processes without --zero1", "bar": "< 2 x", "processes": 2}
+    about |= {"model": f"{model} with its head", "pause": np.median(pause), "pause_baseline": np.median(whole_pause)}
+    record("checkpoint/zero1", list(saved), "s", list(whole), over_baseline=True, **about)
 
 
 def sparse_store(directory: Path, count: int) -> Path:

@@ -52,13 +52,21 @@ def in_turn(*calls: Callable[[], Any], times: int) -> list[list[float]]:
     return [list(column) for column in zip(*rounds[1:], strict=True)]
 
 
-def in_own_process(function: Callable, *arguments: Any) -> Any:
-    """What a function of a module gives for JSON values, computed by a new Python: for memory, and for start-up."""
+def in_own_process(function: Callable, *arguments: Any, processes: int = 1) -> Any:
+    """What a function of a module gives for JSON values, computed by a new Python: for memory, and for start-up; or by
+    several under torchrun, to all of which it gives the same."""
     code = "import json, sys; from {} import {} as f; print(json.dumps(f(*json.loads(sys.argv[1]))))"
     code = code.format(function.__module__, function.__name__)
     command = [sys.executable, "-c", code, json.dumps(arguments)]
+    if processes > 1:
+        command = [*torchrun(processes), "--no-python", *command]
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def torchrun(processes: int) -> list[str]:
+    """What starts so many processes of the program behind it, on this machine."""
+    return [sys.executable, *f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split()]
 
 
 def memory(kind: str, process: int | str = "self") -> int:

@@ -17,7 +17,7 @@ from analysis.timing import seconds_of
 from benchmarks import table
 from benchmarks.bench_data import crop, loader, npz
 from benchmarks.bench_evaluations import frechet, neighbours, passes, trace_of_root
-from benchmarks.bench_train import checkpoint, start, step
+from benchmarks.bench_train import checkpoint, start, step, zero1
 from benchmarks.record import ROOT, in_turn, record
 from runtime import cli
 
@@ -48,7 +48,7 @@ def demo() -> None:
     record("demo/recognised", summary["recognised"], "share of 1,000", bar=">= 0.90")
 
 
-ALL = (startup, loader, crop, npz, checkpoint, step, start, passes, frechet, trace_of_root, neighbours, demo)
+ALL = (startup, loader, crop, npz, checkpoint, zero1, step, start, passes, frechet, trace_of_root, neighbours, demo)
 BENCHES = {bench.__name__: bench for bench in ALL}
 
 

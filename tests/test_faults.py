@@ -9,10 +9,16 @@ from PIL import Image
 from benchmarks.bench_faults import (
     contents,
     corrupt_files,
-    kill_many,
+    damage_newest,
+    disturb_many,
+    fill_disk,
+    kept_and_weights,
+    kill_all,
+    kill_reader,
     launch,
     run_whole,
     something_is_wrong,
+    start_another,
     train_command,
     weights,
 )
@@ -26,14 +32,29 @@ def store(tmp_path_factory):
     return make_store(folder / "store", count=30, flips=True, vae=make_vae(folder / "vae"))
 
 
+def in_order(*disturbances):
+    """A disturbance that is the next of these each time."""
+    left = iter(disturbances)
+    return lambda *arguments: next(left)(*arguments)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "kills"), [(1, 2), (2, 1)])
 def test_killed_training_ends_in_the_undisturbed_run_bit_for_bit(processes, kills, store, tmp_path):
-    done = kill_many(
+    done = disturb_many(
         partial(train_command, store, 60, processes=processes), weights, tmp_path, kills, random.Random(processes)
     )
     assert done["equal"] == done["runs"] >= 1
-    assert done["kills"] == kills
+    assert done["trials"] == kills
+
+
+@pytest.mark.slow
+def test_killed_readers_and_damaged_checkpoints_of_two_processes_leave_the_undisturbed_run(store, tmp_path):
+    each = in_order(kill_reader, damage_newest)
+    train = partial(train_command, store, 30, processes=2)
+    done = disturb_many(train, kept_and_weights, tmp_path, 2, random.Random(0), each, most=2)
+    assert done["equal"] == done["runs"] >= 1
+    assert done["well"] == done["trials"] == 2
 
 
 @pytest.mark.slow
@@ -49,15 +70,18 @@ def test_killed_dumping_and_sampling_end_in_the_undisturbed_bytes(store, tmp_pat
         source = tmp_path / "digits"
         return launch("preprocessing/dump_latents.py", flags, source=source, output_dir=output, vae=vae)
 
-    done = kill_many(dump, contents, tmp_path / "dumps", 1, random.Random(0))
+    # Killed, then on a full disk, then by two at once.
+    each = in_order(kill_all, fill_disk, start_another)
+    done = disturb_many(dump, contents, tmp_path / "dumps", 3, random.Random(0), each, most=3)
     assert done["equal"] == done["runs"] >= 1
+    assert done["well"] == done["trials"] == 3
     run_whole(train_command(store, 1, tmp_path / "run"))
 
     def sample(output):
         flags = "--num-samples 96 --num-steps 40 --per-proc-batch-size 16"
         return launch("sample_ddp.py", flags, checkpoint=tmp_path / "run", output_dir=output)
 
-    done = kill_many(sample, contents, tmp_path / "draws", 1, random.Random(0))
+    done = disturb_many(sample, contents, tmp_path / "draws", 1, random.Random(0))
     assert done["equal"] == done["runs"] >= 1
 
 
