@@ -34,6 +34,7 @@ from loss import Alignment, training_loss
 from models.load import has_null_class, latest_checkpoint
 from models.sit import SiTConfig
 from reporting.report import write_report
+from runtime.distributed import peer_errors
 from runtime.loading import wait_for_batches, worker_errors
 from runtime.progress import Progress
 from runtime.seeding import block_generator, numpy_generator, step_generator
@@ -274,6 +275,7 @@ def start_profiler(config: TrainConfig) -> torch.profiler.profile:
     return profile
 
 
+@peer_errors()
 def main(argv: list[str] | None = None) -> None:
     config, given = cli.parse_given(TrainConfig, argv, __doc__)
     if config.dry_run:

@@ -100,11 +100,23 @@ def barrier() -> None:
     Raises:
         ValueError: one of them has failed.
     """
-    if not dist.is_initialized():
-        return
+    if dist.is_initialized():
+        with peer_errors():
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def peer_errors() -> Iterator[None]:
+    """An exchange with a process that has failed, which gloo says by an error, becomes one line.
+
+    Raises:
+        ValueError: the connection to another process was closed.
+    """
     try:
-        dist.barrier()
-    except RuntimeError as error:  # gloo: the connection was closed
+        yield
+    except RuntimeError as error:
+        if not re.search(r"gloo.*(by peer|Broken pipe)", str(error)):
+            raise
         raise ValueError("another process failed (see its message); the same command resumes") from error
 
 
