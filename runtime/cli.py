@@ -313,12 +313,17 @@ def run(main: Callable[[], None]) -> None:
         stream.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8
     try:
         main()
-    except ValueError as error:
-        if not _raised_by_project(error):
+    except Exception as error:
+        rank = os.environ.get("RANK")
+        if isinstance(error, ValueError) and _raised_by_project(error):
+            print(f"error [rank {rank}]: {error}" if int(rank or 0) else f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        if rank is None:
             raise
-        rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" if rank == "0" else f"error [rank {rank}]: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        # Python would keep the error's frames until it ends, and with them process groups that then wait for ever for
+        # ranks which wait for this one.
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -57,3 +57,13 @@ def test_ranks_that_read_different_checkpoints_do_not_train(data, tmp_path):
     assert process.returncode != 0
     assert "expected the same checkpoint on all ranks, found another on rank 1 than on rank 0" in err
     assert len(read_log(tmp_path / "run")) == 2
+
+
+@pytest.mark.slow
+def test_a_traceback_of_one_rank_ends_all_at_once(data, tmp_path):
+    """A rank that kept its process groups would wait for the others, which wait for it."""
+    process = start("a bug", data, tmp_path, max_train_steps=4)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "[rank1]: TypeError" in err
+    assert "[rank0]: Traceback" not in err
