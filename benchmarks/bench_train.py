@@ -96,17 +96,17 @@ def save_seconds(store: str, directory: str, model: str, zero1: bool, times: int
         return np.max(gather_objects(seconds), axis=0)[1:].tolist()
 
 
-def zero1(model: str = "SiT-B/2") -> None:
+def zero1(model: str = "SiT-B/2", rounds: int = 2, saves: int = 3) -> None:
     """A save of moments that 2 processes have divided, gathering included, beside one of whole moments."""
     seconds: dict[bool, list[list[float]]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as name:
         store = str(random_store(Path(name) / "store", 32, 64))
-        for turn in range(4):
+        for turn in range(2 * rounds):
             divided = bool(turn % 2)
             with tempfile.TemporaryDirectory(dir=name) as runs:
-                seconds[divided] += in_own_process(save_seconds, store, runs, model, divided, 3, processes=2)
+                seconds[divided] += in_own_process(save_seconds, store, runs, model, divided, saves, processes=2)
     (whole_pause, whole), (pause, saved) = (list(zip(*seconds[key], strict=True)) for key in (False, True))
-    about = {"baseline_is": "a save of 2 processes without --zero1", "bar": "< 2 x", "processes": 2}
+    about = {"baseline_is": "a save of 2 processes without --zero1", "bar": "< 2 x", "saves": len(seconds[True])}
     about |= {"model": f"{model} with its head", "pause": np.median(pause), "pause_baseline": np.median(whole_pause)}
     record("checkpoint/zero1", list(saved), "s", list(whole), over_baseline=True, **about)
 

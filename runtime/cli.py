@@ -314,14 +314,12 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except Exception as error:
-        rank = os.environ.get("RANK")
         if isinstance(error, ValueError) and _raised_by_project(error):
-            print(f"error [rank {rank}]: {error}" if int(rank or 0) else f"error: {error}", file=sys.stderr, flush=True)
+            rank = os.environ.get("RANK", "0")
+            print(f"error: {error}" if rank == "0" else f"error [rank {rank}]: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
-        if rank is None:
-            raise
-        # Python would keep the error's frames until it ends, and with them process groups that then wait for ever for
-        # ranks which wait for this one.
+        # Raised on, Python would keep the error's frames, and with them the DataLoader workers, until it has waited for
+        # these: for ever, since training's ignore the signal that ends them.
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
     except KeyboardInterrupt:

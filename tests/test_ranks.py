@@ -61,8 +61,8 @@ def test_ranks_that_read_different_checkpoints_do_not_train(data, tmp_path):
 
 @pytest.mark.slow
 def test_a_traceback_of_one_rank_ends_all_at_once(data, tmp_path):
-    """A rank that kept its process groups would wait for the others, which wait for it."""
-    process = start("a bug", data, tmp_path, max_train_steps=4)
+    """A rank that kept its batches would wait for their workers, which ignore signals, and the others for it."""
+    process = start("a bug", data, tmp_path, max_train_steps=9, num_workers=1)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "[rank1]: TypeError" in err

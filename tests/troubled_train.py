@@ -29,7 +29,8 @@ if trouble == "sees no checkpoint" and rank == "1":
 if trouble == "other weights" and rank == "1":
     setup.read_state = lambda directory: read_state(directory) | {"digests": {"ema.safetensors": "0"}}
 if trouble == "a bug" and rank == "1":
-    train.apply_step = None  # called once the gradients of the first step have been exchanged
+    draw = train.step_noise
+    train.step_noise = lambda config, step, *others: draw(config, step, *(others if step < 3 else ()))
 if trouble.startswith("no memory") and rank in trouble.split():
     compute, calls = train.training_loss, []
 
