@@ -37,6 +37,7 @@ def table() -> str:
         shown=[record for name, record in records.items() if f'"{name}"' in text],
         keeps=lambda bar, record: environment.compile_expression(bar)(**record),
         kills=total(faults, "kills_"),
+        disturbed=total(faults, "disturbed_"),
         harm=total(faults, "harm_"),
         soak=faults["soak"],
         gpu=json.loads(gpu.read_text()) if gpu.is_file() else {},
