@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test check lint bench bench-gpu bench-faults
+.PHONY: demo test check lint bench bench-gpu bench-faults audit
 
 demo: .venv/installed
 	$(BIN)/python -m demo.run
@@ -23,6 +23,9 @@ bench: .venv/installed-dev
 
 bench-gpu: .venv/installed-dev ## on one GPU, ten minutes
 	$(BIN)/python -m benchmarks.bench_gpu
+
+audit: .venv/installed-dev ## what an H100 would launch, counted without one: three minutes, 3 GB
+	$(BIN)/python -m benchmarks.cuda_audit
 
 bench-faults: .venv/installed-dev ## kills and other disturbances, flipped bits, cut files, a long run: an hour
 	$(BIN)/python -m benchmarks.bench_faults

@@ -1,4 +1,5 @@
-"""Writes the README's table of measurements from `benchmarks/results/`, so that no number in it is typed by hand.
+"""Writes the README's tables of measurements and predictions from `benchmarks/results/`, so that no number in them is
+typed by hand.
 
     python -m benchmarks.table
 
@@ -41,6 +42,7 @@ def table() -> str:
         harm=total(faults, "harm_"),
         soak=faults["soak"],
         gpu=json.loads(gpu.read_text()) if gpu.is_file() else {},
+        audit=json.loads((RESULTS / "cuda_audit.json").read_text()),
     )
     return "\n".join([BEGIN, rows, END])
 
