@@ -1,5 +1,7 @@
 """train.py under torchrun, with the trouble that $TROUBLE names: run by test_ranks.py."""
 
+import atexit
+import functools
 import os
 import sys
 import time
@@ -41,4 +43,14 @@ if trouble.startswith("no memory") and rank in trouble.split():
         return compute(*arguments)
 
     train.training_loss = failing
+if trouble == "counts graphs":
+    compile, graphs = torch.nn.Module.compile, []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.nn.Module.compile = functools.partialmethod(compile, backend=count)
+    setup.compile_if_possible = lambda config, *_: config
+    atexit.register(lambda: print(f"rank {rank} compiled {len(graphs)} graphs", flush=True))
 cli.run(train.main)
