@@ -189,7 +189,7 @@ def training(audit: Audit, config: AuditConfig, batch: int, data: Path) -> None:
     """The second step of a run, as `training.setup` builds it."""
     sized = {"batch_size": batch, "micro_batch": str(batch), "align": config.align, "report_to": "none"}
     with training_run(data, Path(tempfile.mkdtemp(dir=data.parent)), config.model, **sized) as run:
-        audit.name_compiled(block=run.sit.blocks, head=run.model.heads.values())
+        audit.name_compiled(block=run.sit.blocks, final=[run.sit.final_layer], head=run.model.heads.values())
         run.model.forward = audit.part("outside", run.model.forward)
         run.accelerator.backward = audit.part("outside, backward", run.accelerator.backward)
         run.accelerator.clip_grad_norm_ = audit.part("clip", run.accelerator.clip_grad_norm_)
@@ -206,7 +206,7 @@ def sampling(audit: Audit, config: AuditConfig, batch: int, guided: bool) -> Non
     """One evaluation of the velocity, as `sample_ddp.py` makes it."""
     sit = SiT(SiTConfig.from_name(config.model)).eval().requires_grad_(False)
     put_on_device(sit, nn.Identity(), torch.device("cuda", 0), compile=True)
-    audit.name_compiled(block=sit.blocks)
+    audit.name_compiled(block=sit.blocks, final=[sit.final_layer])
     y = torch.empty(batch, dtype=torch.long, device="cuda")
     x = torch.empty(batch, 4, 32, 32, dtype=torch.float64, device="cuda")
     velocity = guided_velocity(sit, y, 1000, 1.8 if guided else 1.0, (0.0, 1.0), torch.bfloat16)
@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         torch._inductor.config.patch({key: json.loads(value.lower())}).__enter__()
     audit, results = Audit(), {}
     with tempfile.TemporaryDirectory() as directory:
-        data = random_store(Path(directory) / "store", 32, count=1024)
+        data = random_store(Path(directory) / "store", 32, count=max(int(case.split("-")[1]) for case in config.cases))
         pretend_gpu(audit)
         for case in config.cases:
             what, batch = case.split("-")

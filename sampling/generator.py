@@ -110,12 +110,12 @@ def put_on_device(
     vae_precision: str = "no",
     guide: SiT | None = None,
 ) -> None:
-    """Move SiT, VAE and guide to a device; on demand compile the SiTs' blocks, and decode in "bf16", not float32."""
+    """Move SiT, VAE and guide to a device; on demand compile the SiTs' layers, and decode in "bf16", not float32."""
     if vae_precision == "bf16":  # its convolutions run on the GPU's matrix units, channels last
         vae.bfloat16().to(memory_format=torch.channels_last)
     for model in (sit, guide) if guide else (sit,):
         if compile:  # two static shapes: a batch, and with guidance a doubled one
-            compile_each(model.blocks)
+            compile_each([*model.blocks, model.final_layer])
         model.to(device)
     vae.to(device)
 

@@ -117,7 +117,7 @@ def test_compiled_training_never_breaks_or_compiles_again(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lower", [False, True])
-def test_compiled_blocks_compute_what_eager_ones_do(lower):
+def test_compiled_layers_compute_what_eager_ones_do(lower):
     """In float32 to 1e-5; in bfloat16 no farther from a float64 reference than eager, whose rounding is the measure.
 
     Gradients too. The names in the state dict stay.
@@ -141,8 +141,7 @@ def test_compiled_blocks_compute_what_eager_ones_do(lower):
 
     reference = results(copy.deepcopy(sit).double(), torch.float64)
     eager, names = results(sit), list(sit.state_dict())
-    for block in sit.blocks:
-        block.compile(fullgraph=True, dynamic=False)
+    compile_each([*sit.blocks, sit.final_layer])
     compiled = results(sit)
     assert list(sit.state_dict()) == names
     for ours, theirs, exact in zip(compiled, eager, reference, strict=True):

@@ -128,7 +128,7 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     model = AlignedSiT(sit, make_heads(config, methods)).to(accelerator.device)
     emas, updater = with_heads(emas, sit, {term: model.heads[term] for term in guiding(methods)}, config)
     if config.compile:
-        compile_each([*sit.blocks, *model.heads.values()])
+        compile_each([*sit.blocks, sit.final_layer, *model.heads.values()])
 
     # What changes with every step.
     optimizer, guard = make_optimizer_and_guard(config, model, emas, accelerator, checkpoint)
