@@ -75,7 +75,8 @@ from reporting.render import environment
 from runtime import provenance
 from runtime.files import to_json, write_atomically
 from training.config import TrainConfig
-from training.setup import build_methods, make_heads, resolve
+from training.settle import resolve
+from training.setup import build_methods, make_heads
 
 PAPER = {  # Table 4, for SiT-XL/2 on H100s: external and head parameters (M), it/s at batch 256, G, ms
     "": (0, 0, 8.1, 114.46, 18.05),

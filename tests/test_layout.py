@@ -1,6 +1,7 @@
 """The house: what each room may import, how long files and functions may be, and what reads before torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,11 @@ def test_every_program_of_analysis_runs_as_a_file_too(name):
     done = subprocess.run([sys.executable, f"analysis/{name}", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout
+
+
+def test_a_training_step_is_read_in_1300_lines():
+    text = (ROOT / "README.md").read_text()
+    listed = text.partition("To read one training step")[2].partition("For sampling")[0]
+    files = re.findall(r"`([\w/]+\.py)`", listed)
+    assert len(files) == 6
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in files) <= 1300

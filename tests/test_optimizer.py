@@ -162,7 +162,7 @@ def test_a_schedule_that_cannot_be_is_refused(wrong, message):
 
 
 def test_zero1_refuses_float16():
-    from training.setup import resolve
+    from training.settle import resolve
 
     store = SimpleNamespace(meta={"resolution": 32, "vae": "none"}, num_classes=3, has_flips=False)
     config = TrainConfig(data_dir="", model="SiT-Ti/2", zero1=True, mixed_precision="fp16")

@@ -13,10 +13,10 @@ import torch
 
 import train
 from runtime import cli
-from training import checkpoint, run_dir, setup
+from training import checkpoint, run_dir, settle, setup
 
 trouble, rank = os.environ["TROUBLE"], os.environ["RANK"]
-flush, read_state = checkpoint.fsync, setup.read_state
+flush, read_state = checkpoint.fsync, settle.read_state
 
 
 def slow_fsync(path):
@@ -29,7 +29,7 @@ if trouble == "slow disk":
 if trouble == "sees no checkpoint" and rank == "1":
     run_dir.latest_valid_checkpoint = lambda directory: None
 if trouble == "other weights" and rank == "1":
-    setup.read_state = lambda directory: read_state(directory) | {"digests": {"ema.safetensors": "0"}}
+    settle.read_state = lambda directory: read_state(directory) | {"digests": {"ema.safetensors": "0"}}
 if trouble == "a bug" and rank == "1":
     draw = train.step_noise
     train.step_noise = lambda config, step, *others: draw(config, step, *(others if step < 3 else ()))

@@ -13,16 +13,8 @@ from models.sit import SiT, SiTConfig
 from training.config import TrainConfig
 from training.finetune import check_sources
 from training.memory import GIB, TrainingMemory, choose_micro_batch, count_memory, memory_limit
-from training.setup import (
-    build_methods,
-    build_sit,
-    guiding,
-    load_grid_vae,
-    make_accelerator,
-    make_heads,
-    make_loader,
-    settle,
-)
+from training.settle import settle
+from training.setup import build_methods, build_sit, guiding, load_grid_vae, make_accelerator, make_heads, make_loader
 
 
 def print_plan(config: TrainConfig, given: frozenset[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import datetime
 import functools
 import os
@@ -17,19 +16,18 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch.utils.data import DataLoader
 
-from alignment.registry import METHODS, needs_of, parse_align
+from alignment.registry import METHODS, parse_align
 from alignment.terms import AlignmentContext, AlignmentTerms
-from dataset import LatentDataset, StepSampler, store_digest
+from dataset import LatentDataset, StepSampler
 from diffusion.interpolant import Interpolant
 from loss import Alignment
 from models.aligned import AlignedSiT
-from models.load import load_sit, read_state
+from models.load import load_sit
 from models.sit import SiT, SiTConfig
 from models.vae import UNKNOWN_VAE, LatentScale, check_vae, load_vae
 from reporting.log import RunLog
-from runtime.cli import check
-from runtime.distributed import allow_tf32, check_ranks_agree, choose_device, compile_each, run_on_rank0
-from runtime.files import full_disk_is_an_error, sha256, to_json, write_atomically
+from runtime.distributed import allow_tf32, compile_each, run_on_rank0
+from runtime.files import full_disk_is_an_error, to_json, write_atomically
 from runtime.loading import loading
 from runtime.seeding import step_generator
 from training.checkpoint import CheckpointWriter, load_checkpoint, make_records
@@ -41,7 +39,8 @@ from training.memory import choose_micro_batch, count_memory, held_bytes
 from training.nonfinite import StepGuard
 from training.optimizer import make_optimizer
 from training.preemption import ignore_signals
-from training.run_dir import find_resume_checkpoint, lock_run_dir, resumed_config
+from training.run_dir import find_resume_checkpoint, lock_run_dir
+from training.settle import device_type, settle
 
 
 @dataclass
@@ -169,28 +168,6 @@ def setup(config: TrainConfig, given: frozenset[str] | None = None) -> Run:
     )
 
 
-def settle(
-    config: TrainConfig, given: frozenset[str] | None, checkpoint: Path | None
-) -> tuple[TrainConfig, LatentDataset, dict[str, Any] | None]:
-    """The settings, all decided; the data; and the state of the checkpoint that is resumed, if one is."""
-    state = read_state(checkpoint) if checkpoint else None
-    if state:
-        config = resumed_config(config, given, state["config"], checkpoint / "state.json")
-    store = LatentDataset(config.data_dir, images="images" in needs_of(config.align))
-    config = resolve(epochs_to_steps(config, given, len(store)), store, device_type(config) == "cuda")
-    check_data(config, store, checkpoint, state)
-    return config, store, state
-
-
-def epochs_to_steps(config: TrainConfig, given: frozenset[str] | None, images: int) -> TrainConfig:
-    """The config with --epochs in --max-train-steps; a resumed run without the flag has its steps from the record."""
-    if config.epochs is None:
-        return config
-    steps = max(1, int(config.epochs * images / config.batch_size))
-    both = given is None or "max_train_steps" in given
-    return dataclasses.replace(config, max_train_steps=min(steps, config.max_train_steps) if both else steps)
-
-
 def make_optimizer_and_guard(
     config: TrainConfig,
     model: AlignedSiT,
@@ -206,63 +183,6 @@ def make_optimizer_and_guard(
         guard.load_state_dict(load_checkpoint(checkpoint, model, emas, optimizer, accelerator.scaler, verify=False))
         accelerator.print(f"resuming from {checkpoint}")
     return optimizer, guard
-
-
-def resolve(config: TrainConfig, store: LatentDataset, on_gpu: bool) -> TrainConfig:
-    """The config with every `None` decided, checked against the store.
-
-    Raises:
-        ValueError: store and settings disagree.
-    """
-    size = config.model.removeprefix("SiT-").split("/")[0]
-    depths = {name: by_size for method in METHODS.values() for name, by_size in method.default_depths.items()}
-    decided = {
-        "resolution": store.meta["resolution"],
-        "num_classes": store.num_classes,
-        **{name: by_size.get(size) for name, by_size in depths.items()},  # SiTConfig reports an unknown size
-        "exp_name": config.run_dir.name,
-        "mixed_precision": "bf16" if on_gpu else "no",
-        "compile": on_gpu,
-        "vae": store.meta["vae"],
-        "lr_decay_steps": config.max_train_steps,
-        "ema_warmup": config.init_from is not None,
-    }
-    config = dataclasses.replace(config, **{k: v for k, v in decided.items() if getattr(config, k) is None})
-    fp16, R, K = config.mixed_precision == "fp16", store.meta["resolution"], store.num_classes
-    if fp16 and not on_gpu:
-        raise ValueError("--mixed-precision fp16: expected a GPU, found none; use bf16 or no")
-    if config.zero1 and fp16:
-        raise ValueError("--zero1: expected --mixed-precision bf16 or no with it, found fp16")
-    made_at = f"{R}, which {config.data_dir} was made at (leave the flag out, or dump the images again)"
-    check(config, "resolution", config.resolution == R, made_at)
-    check(config, "num_classes", config.num_classes >= K, f"at least {K}, the classes in {config.data_dir}")
-    if config.random_flip and not store.has_flips:
-        raise ValueError(f"--random-flip: {config.data_dir} has no mirrored latents; dump it again with --flip")
-    return config
-
-
-def check_data(config: TrainConfig, store: LatentDataset, checkpoint: Path | None, state: dict | None) -> None:
-    """Refuse data that the run cannot be trained on.
-
-    Raises:
-        ValueError: the store is damaged (with --verify-data all of it is read), or not the run's.
-    """
-    # All of it is read by one rank of each node: those beside it read the same disk.
-    damaged = store.damaged_files(whole=config.verify_data and PartialState().is_local_main_process)
-    if damaged:
-        raise ValueError(f"damaged store {config.data_dir}: {', '.join(damaged)} changed since; dump the images again")
-    # Runs of older code recorded the digest of meta.json, which says more than what the data are.
-    if state and state["data_digest"] not in (store_digest(store.meta), sha256(store.path / "meta.json")):
-        raise ValueError(f"{config.data_dir} is not the store of {checkpoint}; give that one, or another --exp-name")
-    # Each rank reads files of its own node.
-    check_ranks_agree({"data": store_digest(store.meta), "checkpoint": state and [state["step"], state["digests"]]})
-
-
-def device_type(config: TrainConfig) -> str:
-    """Of --device; accelerate chooses which GPU is whose."""
-    if config.device:
-        return choose_device(config.device).type
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
