@@ -99,7 +99,7 @@ def sample(config: SampleConfig, given: frozenset[str], rank: int, processes: in
                 continue
             # SiT and VAE on the device: once, unless a resumed set was begun with another precision.
             allow_tf32(settings["tf32"])
-            load_as = settings["compile"], settings["vae_precision"]
+            load_as = settings["compile"], settings["vae_precision"], settings["mixed_precision"]
             if load_as != loaded_as:
                 if loaded_as is not None:
                     sit = load_sit(info["source"], config.ema, config.checkpoint_format)[0]

@@ -205,7 +205,7 @@ def training(audit: Audit, config: AuditConfig, batch: int, data: Path) -> None:
 def sampling(audit: Audit, config: AuditConfig, batch: int, guided: bool) -> None:
     """One evaluation of the velocity, as `sample_ddp.py` makes it."""
     sit = SiT(SiTConfig.from_name(config.model)).eval().requires_grad_(False)
-    put_on_device(sit, nn.Identity(), torch.device("cuda", 0), compile=True)
+    put_on_device(sit, nn.Identity(), torch.device("cuda", 0), compile=True, mixed_precision="bf16")
     audit.name_compiled(block=sit.blocks, final=[sit.final_layer])
     y = torch.empty(batch, dtype=torch.long, device="cuda")
     x = torch.empty(batch, 4, 32, 32, dtype=torch.float64, device="cuda")

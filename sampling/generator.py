@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.guidance import HeadGuidance, guided_velocity
 from diffusion.interpolant import Interpolant
@@ -108,16 +108,29 @@ def put_on_device(
     device: torch.device,
     compile: bool = False,
     vae_precision: str = "no",
+    mixed_precision: str = "no",
     guide: SiT | None = None,
 ) -> None:
-    """Move SiT, VAE and guide to a device; on demand compile the SiTs' layers, and decode in "bf16", not float32."""
+    """Move SiT, VAE and guide to a device; on demand compile the SiTs' layers, decode in "bf16", not float32, and keep
+    the SiTs' weights as "bf16" autocast takes them: outside of it they are then of no use."""
     if vae_precision == "bf16":  # its convolutions run on the GPU's matrix units, channels last
         vae.bfloat16().to(memory_format=torch.channels_last)
     for model in (sit, guide) if guide else (sit,):
         if compile:  # two static shapes: a batch, and with guidance a doubled one
             compile_each([*model.blocks, model.final_layer])
+        if mixed_precision == "bf16":
+            cast_weights(model)
         model.to(device)
     vae.to(device)
+
+
+def cast_weights(sit: SiT) -> None:
+    """Round once what bf16 autocast would round in each evaluation: the weights of products, outside the embeddings of
+    time and class, which are computed in float32."""
+    for part in (sit.x_embedder, sit.blocks, sit.final_layer):
+        for module in part.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(torch.bfloat16)
 
 
 def block_noise(

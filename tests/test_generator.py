@@ -1,5 +1,7 @@
 """The sample generator: latents are those of the solver by name, noise and labels are those of the image's number."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from diffusion.samplers import sample_dopri5, sample_ode, sample_sde
 from models.sit import SiT, SiTConfig
 from models.vae import LatentScale, decode_images, load_vae
 from sampling.config import BLOCK, SAMPLERS
-from sampling.generator import block_noise, decode_latents, draw_labels, sample_latents
+from sampling.generator import block_noise, cast_weights, decode_latents, draw_labels, put_on_device, sample_latents
 from tests.stores import make_vae
 
 K, SCALE, PATH = 5, LatentScale((0.9,), (0.1,)), Interpolant("linear")
@@ -115,3 +117,29 @@ def test_a_label_depends_on_seed_and_number_alone(rule):
     labels = draw_labels(rule, classes, 4, 0, 200)
     for first, count in ((0, 1), (16, 16), (5, 40), (48, 152), (199, 1), (0, 7)):
         assert np.array_equal(draw_labels(rule, classes, 4, first, count), labels[first : first + count])
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_weights_that_are_cast_once_give_the_bits_of_those_that_autocast_casts(qk_norm):
+    torch.manual_seed(0)
+    sit = SiT(SiTConfig(2, 32, 2, patch_size=2, latent_size=4, in_channels=4, num_classes=K, qk_norm=qk_norm)).eval()
+    for parameter in sit.requires_grad_(False).parameters():
+        parameter.normal_(std=0.3)
+    cast = copy.deepcopy(sit)
+    cast_weights(cast)
+    x, y = torch.randn(BLOCK, 4, 4, 4, dtype=torch.float64), torch.arange(BLOCK) % K
+    velocities = [guided_velocity(model, y, K, 2.0, (0.0, 0.7), torch.bfloat16) for model in (sit, cast)]
+    for t in (0.3, 0.9):
+        before, after = (velocity(x, t) for velocity in velocities)
+        assert torch.equal(before, after)
+        assert not torch.equal(before, guided_velocity(sit, y, K, 2.0, (0.0, 0.7))(x, t))
+    kept = {name for name, weight in cast.named_parameters() if weight.dtype == torch.float32}
+    assert all(name.startswith(("t_embedder", "y_embedder")) or "_norm" in name for name in kept)
+    assert cast.blocks[0].mlp.fc1.weight.dtype == cast.final_layer.linear.bias.dtype == torch.bfloat16
+
+
+def test_weights_are_cast_where_the_network_computes_in_bf16(sit, vae):
+    for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
+        models = copy.deepcopy(sit), copy.deepcopy(sit)
+        put_on_device(models[0], vae, torch.device("cpu"), mixed_precision=precision, guide=models[1])
+        assert {model.blocks[0].attn.qkv.weight.dtype for model in models} == {dtype}
