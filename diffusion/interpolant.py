@@ -111,7 +111,7 @@ class Interpolant:
 
 def shift_time(t: Time, shift: float) -> Time:
     """t' = a t / (1 + (a - 1) t) with a = `shift` > 0: towards noise for a > 1. Its inverse is that of 1 / a."""
-    return shift * t / (1 + (shift - 1) * t)
+    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
 
 
 def choose_shift(shift: str | float, latent_shape: Sequence[int]) -> float:

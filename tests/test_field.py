@@ -388,7 +388,7 @@ def test_a_preset_is_recorded_and_resumed(data, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     train.main([*words, "--max-train-steps=3"])
     AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(ValueError, match="--preset irepa-code -> repa"):
+    with pytest.raises(ValueError, match="--repa-head conv1 -> mlp"):
         train.main([word for word in words if not word.startswith("--preset")] + ["--preset=repa"])
 
 

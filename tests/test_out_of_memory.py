@@ -45,7 +45,7 @@ def fail_at(step, monkeypatch):
 def test_a_step_without_memory_ends_in_one_line_and_nothing_is_lost(every, data, tmp_path, monkeypatch):
     whole = run(data, tmp_path / "whole", max_train_steps=4)
     fail_at(3, monkeypatch)
-    message = r"expected memory for step 3, found too little \(CUDA out of memory\); .*0000002; .*--micro-batch; "
+    message = r"expected memory for step 3, found too little \(CUDA out of memory\); .*0000002; .*--micro-batch: "
     with pytest.raises(ValueError, match=message) as error:
         run(data, tmp_path, max_train_steps=4, checkpointing_steps=every)
     assert "\n" not in str(error.value)
@@ -77,10 +77,10 @@ def test_a_grid_that_does_not_fit_is_made_smaller_once(tmp_path, monkeypatch):
     store = make_store(tmp_path / "store", vae=make_vae(tmp_path / "vae"))
     sample, fits = train.sample_latents, 2
 
-    def limited(sit, y, *arguments):
+    def limited(sit, y, *arguments, **options):
         if len(y) > fits:
             raise ERROR
-        return sample(sit, y, *arguments)
+        return sample(sit, y, *arguments, **options)
 
     monkeypatch.setattr(train, "sample_latents", limited)
     options = {"sampling_steps": 1, "sampling_count": 9, "sampling_num_steps": 1, "max_train_steps": 3}

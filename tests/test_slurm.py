@@ -15,14 +15,14 @@ from tests.stores import make_store
 from tests.test_preemption import ROOT, wait_for_steps
 from tests.test_train import run
 
-SRUN = f"""#!{sys.executable}
+SRUN = """
 import os, signal, subprocess, sys
 arguments = sys.argv[1:]
 while arguments[0].startswith("-"):
     arguments.pop(0)
-named = [{{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_NTASKS": "2"}} for i in range(2)]
+named = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_NTASKS": "2"} for i in range(2)]
 tasks = [subprocess.Popen(arguments, env=os.environ | names) for names in named]
-open(__file__ + ".pid", "w").write(str(os.getpid()))
+open("PID", "w").write(str(os.getpid()))
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda number, frame: [task.send_signal(number) for task in tasks])
 codes = [task.wait() for task in tasks]
@@ -57,7 +57,9 @@ def recipe(data, output):
 @pytest.mark.slow
 def test_the_recipe_saves_before_the_limit_and_asks_to_be_requeued(tmp_path):
     data = make_store(tmp_path / "store")
-    programs = {"srun": SRUN, "scontrol": SCONTROL}
+    (tmp_path / "srun.py").write_text(SRUN.replace("PID", str(tmp_path / "srun.pid")))
+    python = f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path / "srun.py"}" "$@"\n'  # paths may hold a space
+    programs = {"srun": python, "scontrol": SCONTROL}
     for name, text in programs.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)

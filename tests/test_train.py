@@ -678,7 +678,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(data, tmp_path, monkeypatc
 
     def full(*arguments):
         calls.append(1)
-        if len(calls) in (3, 5):  # of two files a checkpoint: the first of steps 2 and 3
+        if len(calls) in (4, 6):  # of three files a checkpoint: the first of step 2, the second of step 3
             Path(arguments[1]).write_bytes(b"begun")
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         write(*arguments)
@@ -690,7 +690,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(data, tmp_path, monkeypatc
     assert "No space left on device" in told
     assert [int(path.name) for path in load.checkpoints(folder)] == [1, 4]
     assert len(list((folder / "checkpoints").iterdir())) == 2  # nothing half-written takes up room
-    calls[:] = [1] * 4
+    calls[:] = [1] * 5
     with pytest.raises(ValueError, match=r"cannot write the checkpoint of step 5 .*last good one is .*0000004"):
         run(data, tmp_path, max_train_steps=5, checkpointing_steps=1, keep_last=9)
 
