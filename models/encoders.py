@@ -89,11 +89,12 @@ def load_encoder(
     Raises:
         ValueError: timm does not know the name; the network gives no such grid; the weights cannot be had.
     """
-    encoder = _build_encoder(name, side, weights)
-    if final_norm is False or (final_norm is None and name.startswith(WITHOUT_FINAL_NORM)):
-        encoder.network.norm = nn.Identity()
-    size = encoder.image_size
-    tokens = encoder(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+    with torch.device("cpu"):  # also where what is built beside it has no content: it is tried with an image
+        encoder = _build_encoder(name, side, weights)
+        if final_norm is False or (final_norm is None and name.startswith(WITHOUT_FINAL_NORM)):
+            encoder.network.norm = nn.Identity()
+        size = encoder.image_size
+        tokens = encoder(torch.zeros(1, size, size, 3, dtype=torch.uint8))
     if tokens.shape != (1, side**2, encoder.dim):
         found = f"an output {tuple(tokens.shape)} of {name!r}; choose another encoder"
         raise ValueError(f"--repa-encoder: expected {side**2} tokens, as many as the SiT has, found {found}")

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 import train
 from models.load import latest_checkpoint
-from tests.stores import make_store, make_vae
+from tests.stores import ENCODER, make_store, make_vae
 from tests.test_train import ROOT, run, settings
 from training import plan
 
@@ -64,11 +64,20 @@ def test_a_plan_counts_passes_and_what_is_left_and_refuses_what_training_does(da
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def test_a_plan_tries_the_encoder_of_repa(tmp_path, capsys):
+    store = make_store(tmp_path / "store", images=True, vae=make_vae(tmp_path / "vae"))
+    told = plan_of(store, tmp_path / "out", capsys, preset="repa", repa_encoder=ENCODER, repa_weights="random")
+    assert told["checked"].endswith("--repa-weights")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_plan_of_the_largest_model_takes_a_moment(data, tmp_path, capsys):
     begin = time.process_time()
     told = plan_of(data, tmp_path, capsys, model="SiT-XL/2", batch_size=256)
     assert time.process_time() - begin < 5
     assert told["parameters"].startswith("SiT-XL/2 67")
+    needed, free = map(float, re.match(r"([\d.]+) GB of ([\d.]+) free", told["disk"]).groups())
+    assert ("too little" in told["disk"]) == (needed > free)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def describe_plan(
     snapshots = steps // config.ema_snapshot_steps * len(config.ema_power) * memory.emas // networks // 2
     disk = f"{kept} checkpoints of {checkpoint / 1e9:.2f} and snapshots of {snapshots / 1e9:.1f}"
     place = next(path for path in (config.run_dir.absolute(), *config.run_dir.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    free, needed = shutil.disk_usage(place).free, kept * checkpoint + snapshots
     hours = "not measured (--images-per-second)"
     if config.images_per_second:
         hours = f"{(steps - begin) * batch / config.images_per_second / 3600:,.1f} h"
@@ -82,7 +82,7 @@ def describe_plan(
         "parameters": f"{config.model} {backbone:.1f}M, heads {memory.gradients / 4e6 - backbone:.1f}M",
         "batch": "{} = {processes} processes x {micro_batches} micro-batches x {images}".format(batch, **micro_batch),
         "memory": f"{memory.needed(images) / GIB:.2f} GiB a process of {found}: {told}",
-        "disk": f"{(kept * checkpoint + snapshots) / 1e9:.1f} GB of {free / 1e9:.1f} free: {disk}",
+        "disk": f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} free{', too little' if needed > free else ''}: {disk}",
         "time": f"{f'from step {begin:,} to ' if begin else ''}{steps:,} steps, {epochs:,.1f} epochs: {hours}",
         "checked": "data; and as far as the run needs them VAE, tracker, --init-from, --repa-weights",
     }
