@@ -88,7 +88,7 @@ def draw_images(
     autocast = torch.bfloat16 if choose_precision(config, device) == "bf16" else None
     head = None
     if config.head_guidance != 1:
-        head = HeadGuidance(load_head(sit, info), config.head_guidance, guide_head(info)[2], solver[-1])
+        head = HeadGuidance(load_head(sit, info), config.head_guidance, guide_head(info)[2])
     more = {"autocast": autocast, "time_shift": info["time_shift"], "head": head}
     z = sample_latents(sit, y, noise, *solver, config.guidance_scale, **more)
     images, finite = decode_latents(vae, z, info["scale"])

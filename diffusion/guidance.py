@@ -33,13 +33,11 @@ class HeadGuidance:
     Args:
         network: (x, t, y), as of SiT, -> v_final and what the head predicts, (N, C, H, W) each, as `HeadedSiT`; its
             `predicts_velocity` says what that is: the velocity, or the clean latent.
-        path: that the network was trained on.
     """
 
     network: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     scale: float
     interval: tuple[float, float]
-    path: Interpolant
 
     def holds(self, t: float, gate: float) -> bool:
         """Whether it guides at t, of a step that the interval takes as one at the time `gate`."""
@@ -78,8 +76,8 @@ def guided_velocity(
         channels: "all"; or "3": the others are those of v_class, as in the code of DiT and SiT.
         guide: a weaker model, called like `model`: its velocity for y stands for v_null (autoguidance, Karras et al.
             2024, Eq. 3 there).
-        interpolant: the path and what the models predict on it, if that is not the velocity. Of data that they predict
-            there is no velocity at t = 0.
+        interpolant: the path, which guidance by a head needs, and what the models predict on it (None: the velocity, on
+            the linear path). Of data that they predict there is no velocity at t = 0.
         head: guidance of the model's own velocities v_class and v_null, before they are combined.
 
     Returns:
@@ -109,7 +107,7 @@ def guided_velocity(
                 return interpolant.predicted_velocity(at_best_float64(model(x.float(), times, y)), x, t)
             v, v_mid = map(at_best_float64, head.network(x.float(), times, y))
         v, x = interpolant.predicted_velocity(v, x, t), at_best_float64(x)
-        v_mid = v_mid if head.network.predicts_velocity else head.path.velocity_towards(v_mid, x, t)
+        v_mid = v_mid if head.network.predicts_velocity else interpolant.velocity_towards(v_mid, x, t)
         return v_mid + head.scale * (v - v_mid)
 
     def velocity(x: Tensor, t: float, gate: float | None = None) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)

@@ -227,7 +227,7 @@ class SampleGenerator:
         options["guide"] = self.guide
         if settings["head_guidance"] is not None:
             strength = settings["head_guidance"], settings["head_guidance_interval"]
-            options["head"] = HeadGuidance(self.headed, *strength, solver[-1])
+            options["head"] = HeadGuidance(self.headed, *strength)
         options["guidance_channels"] = settings["guidance_channels"] or "all"
         options["time_shift"] = settings["time_shift"] or 1.0
         last_step_size = settings["last_step_size"] or 0.04  # None where it has no effect

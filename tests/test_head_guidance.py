@@ -71,7 +71,7 @@ def test_it_is_its_formula_before_class_guidance(path, predicts_velocity):
     sit, y = random_sit(), torch.tensor([0, 2])
     x, t = torch.randn(2, 4, 4, 4, dtype=torch.float64), 0.3
     headed = Headed(sit, lambda x, t, y: 0.5 * x + y.view(-1, 1, 1, 1), predicts_velocity)
-    head = HeadGuidance(headed, 1.7, (0.0, 1.0), Interpolant(path))
+    head = HeadGuidance(headed, 1.7, (0.0, 1.0))
     a, b, da, db = GaussianData(path).coefficients(t)
     sides = []
     for classes in (y, torch.tensor([K, K])):
@@ -80,11 +80,13 @@ def test_it_is_its_formula_before_class_guidance(path, predicts_velocity):
         eps = (x - a * predicted) / b
         v_mid = predicted if predicts_velocity else da * predicted + db * eps
         sides.append(v_mid + 1.7 * (v - v_mid))
-    found = guided_velocity(sit, y, K, 2.5, (0.0, 1.0), head=head)(x, t)
+    found = guided_velocity(sit, y, K, 2.5, (0.0, 1.0), interpolant=Interpolant(path), head=head)(x, t)
     torch.testing.assert_close(found, sides[1] + 2.5 * (sides[0] - sides[1]), rtol=1e-4, atol=1e-5)
     assert headed.calls == 1  # v_class and v_null in one batch, as without a head
     # The guide of autoguidance is not guided.
-    found = guided_velocity(sit, y, K, 2.5, (0.0, 1.0), guide=copy.deepcopy(sit), head=head)(x, t)
+    found = guided_velocity(
+        sit, y, K, 2.5, (0.0, 1.0), guide=copy.deepcopy(sit), interpolant=Interpolant(path), head=head
+    )(x, t)
     plain = sit(x.float(), torch.full((2,), t), y).double()
     torch.testing.assert_close(found, plain + 2.5 * (sides[0] - plain), rtol=1e-4, atol=1e-5)
 
@@ -100,10 +102,10 @@ def test_a_head_that_gives_the_exact_latent_gives_the_exact_velocity(path):
         return 1.5 + a * 0.3**2 / data.variance(t) * (x.double() - a * 1.5)
 
     headed = Headed(lambda x, t, y: torch.zeros_like(x), mean, predicts_velocity=False)
-    head = HeadGuidance(headed, 0.0, (0.0, 1.0), Interpolant(path))
+    head = HeadGuidance(headed, 0.0, (0.0, 1.0))
     x, y = torch.randn(2, 1, 3, 3).double(), torch.tensor([0, 1])
     for t in (1.0, 0.75, 0.5, 0.125):
-        found = guided_velocity(headed.network, y, K, 1.0, (0.0, 1.0), head=head)(x, t)
+        found = guided_velocity(headed.network, y, K, 1.0, (0.0, 1.0), interpolant=Interpolant(path), head=head)(x, t)
         torch.testing.assert_close(found, data.velocity(x, t), rtol=1e-6, atol=1e-6)
 
 
@@ -111,12 +113,12 @@ def test_it_keeps_to_its_times_and_a_latent_has_no_velocity_at_the_end():
     sit, y, x = random_sit(), torch.tensor([0, 2]), torch.randn(2, 4, 4, 4, dtype=torch.float64)
     plain = guided_velocity(sit, y, K, 1.0, (0.0, 1.0))
     for predicts_velocity, expected in ((False, [0.75, 0.5, 0.25]), (True, [0.75, 0.5, 0.25])):
-        head = HeadGuidance(Headed(sit, lambda x, *_: x, predicts_velocity), 2.0, (0.25, 0.75), Interpolant())
+        head = HeadGuidance(Headed(sit, lambda x, *_: x, predicts_velocity), 2.0, (0.25, 0.75))
         velocity = guided_velocity(sit, y, K, 1.0, (0.0, 1.0), head=head)
         times = (1.0, 0.76, 0.75, 0.5, 0.25, 0.24, 0.0)
         assert [t for t in times if not torch.equal(velocity(x, t), plain(x, t))] == expected
     for predicts_velocity in (False, True):
-        head = HeadGuidance(Headed(sit, lambda x, *_: x, predicts_velocity), 2.0, (0.0, 1.0), Interpolant())
+        head = HeadGuidance(Headed(sit, lambda x, *_: x, predicts_velocity), 2.0, (0.0, 1.0))
         velocity = guided_velocity(sit, y, K, 1.0, (0.0, 1.0), head=head)
         assert torch.equal(velocity(x, 0.0), plain(x, 0.0)) != predicts_velocity
 
@@ -132,7 +134,7 @@ def test_scale_one_is_none_byte_for_byte_and_its_neighbour_is_near(kind, sampler
     y, side = torch.arange(16) % K, sit.config.latent_size
 
     def sample(scale):
-        guided = None if scale is None else HeadGuidance(headed, scale, (0.0, 1.0), Interpolant())
+        guided = None if scale is None else HeadGuidance(headed, scale, (0.0, 1.0))
         noise = block_noise(0, 0, 16, (4, side, side), "cpu")
         return sample_latents(sit, y, noise, sampler, 4, Interpolant(), 1.5, head=guided)
 
@@ -335,7 +337,7 @@ def test_a_step_that_counts_as_one_time_is_guided_by_that_time():
     """REPA's Heun: both slopes of a step are guided, by classes and by the head, if its first time is."""
     sit, y, x = random_sit(), torch.tensor([0, 2]), torch.randn(2, 4, 4, 4, dtype=torch.float64)
     headed = Headed(sit, lambda x, *_: x, False)
-    velocity = guided_velocity(sit, y, K, 1.0, (0.0, 1.0), head=HeadGuidance(headed, 2.0, (0.0, 0.5), Interpolant()))
+    velocity = guided_velocity(sit, y, K, 1.0, (0.0, 1.0), head=HeadGuidance(headed, 2.0, (0.0, 0.5)))
     for t, gate, guided in ((0.5, 0.75, 0), (0.75, 0.5, 1), (0.0, 0.25, 0)):
         headed.calls = 0
         velocity(x, t, gate)
