@@ -109,6 +109,8 @@ def _find(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     missing = [key for key in _NEEDED if key not in state]
     if missing:
         known = ", ".join(list(state)[:3]) or "no tensors"
+        if any(".mlp.w12." in name for name in state):
+            known = "LightningDiT's blocks (SwiGLU, and RoPE or RMSNorm), which this SiT does not have"
         raise ValueError(f"expected a SiT's weights (with {missing[0]}), found {known}")
     return state, notes
 

@@ -243,6 +243,10 @@ def changed(**tensors):
         ({"ema": {"w": torch.zeros(2)}}, r"expected a SiT's weights \(with x_embedder.proj.weight\), found w"),
         ({"epoch": 3}, "found no tensors"),
         (
+            {"ema": {k.replace("mlp.fc1", "mlp.w12"): v for k, v in random_state().items()}},
+            r"found LightningDiT's blocks \(SwiGLU",
+        ),
+        (
             changed(**{"blocks.1.attn.proj.bias": None}) | REPAS,
             r"1 that are not: blocks\.1\.attn\.proj\.bias is absent",
         ),
